@@ -1,0 +1,92 @@
+"""Everything a training run is told, as frozen dataclasses; `experiments/configs` holds the named ones."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from videonsa_jax.configs import ModelConfig, tiny
+from videonsa_jax.data.config import DataConfig
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay (the paper's optimiser, App. B).
+
+    Attributes:
+      learning_rate: peak.
+      warmup_ratio: share of all steps spent warming up from warmup_start x peak.
+      final_ratio: share of the peak left at the last step.
+      weight_decay: applied to matrices only, not to norms and biases.
+      max_grad_norm: global norm that gradients are clipped to.
+    """
+
+    learning_rate: float = 1e-6
+    warmup_ratio: float = 0.1
+    warmup_start: float = 1e-5
+    final_ratio: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 = what is left over. Their product must equal the number of devices."""
+
+    data: int = -1
+    fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop.
+
+    Attributes:
+      steps: optimiser steps.
+      accumulation: batches per optimiser step.
+      attention: what visual queries use; "dense" runs the same weights densely, gates unused.
+      kernel: implementation of the attention operations ("auto" = the best for the device).
+      dtype: of activations; parameters, losses and optimiser state are float32.
+      remat: recompute each layer in the backward pass.
+      log_every: steps between metric lines.
+      eval_every: steps between held-out evaluations; 0 = only at the end.
+      eval_contexts: held-out contexts per evaluation; 0 = all.
+      save_every: steps between checkpoints; 0 = only at the end and on SIGTERM.
+      keep: checkpoints kept.
+      tensorboard: write TensorBoard files beside the JSONL (needs the `eval` extra).
+    """
+
+    steps: int = 1000
+    accumulation: int = 1
+    attention: Literal["nsa", "dense"] = "nsa"
+    kernel: str = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+    log_every: int = 10
+    eval_every: int = 0
+    eval_contexts: int = 0
+    save_every: int = 500
+    keep: int = 2
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One named run: model, data, optimiser, mesh, loop.
+
+    Attributes:
+      pretrained: folder of a Hugging Face checkpoint to start from; empty = random weights.
+      seed: of the weights, the order of samples, and nothing else.
+    """
+
+    name: str = ""
+    seed: int = 0
+    pretrained: str = ""
+    model: ModelConfig = field(default_factory=tiny)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
