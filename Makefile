@@ -1,0 +1,50 @@
+# `make train` and `make test` each build the environment if need be; nothing else has to be installed first
+# but Python 3.12 (see .python-version).
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+CONFIG ?= nsa_video
+ARGS ?=
+WANTED := $(shell cat .python-version)
+WORKERS ?= auto
+
+.DEFAULT_GOAL := help
+.PHONY: help env train test test-slow test-gpu lint format clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+env: $(VENV)/.complete ## build the environment (.venv) from requirements.txt
+
+# The stamp is written last: a build that was interrupted starts afresh.
+$(VENV)/.complete: requirements.txt .python-version
+	@python$(WANTED) -c '' 2>/dev/null || { \
+	  echo "Python $(WANTED) not found: install it (e.g. 'uv python install $(WANTED)', 'pyenv install $(WANTED)' or" \
+	       "'apt-get install python$(WANTED)-venv') so that 'python$(WANTED)' runs." >&2; exit 1; }
+	rm -rf $(VENV)
+	python$(WANTED) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	@touch $@
+
+train: env ## train CONFIG (default nsa_video) on the embedded clips; ARGS="--set train.steps=100"
+	$(PYTHON) -m experiments.train --config=$(CONFIG) $(ARGS)
+
+test: env ## the CPU test suite
+	$(PYTHON) -m pytest -n $(WORKERS) -m "not slow and not gpu" $(ARGS)
+
+test-slow: env ## minutes-long cases
+	$(PYTHON) -m pytest -m slow $(ARGS)
+
+test-gpu: env ## cases that need an NVIDIA GPU
+	JAX_PLATFORMS=cuda $(PYTHON) -m pytest -m gpu $(ARGS)
+
+lint: env ## ruff: rules and format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: env ## ruff, in place
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean: ## remove the environment and caches (runs/ and datasets/ stay)
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,11 @@
+"""Shape and type annotations of the library are checked while tests run."""
+
+import os
+
+# Before jax is imported: tests run on the CPU unless the caller names a platform (make test-gpu does).
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from jaxtyping import install_import_hook
+
+# Kept for the whole session: every module imported after this line is checked.
+install_import_hook(["pallas_kernels", "videonsa_jax"], "beartype.beartype")

@@ -1,0 +1,50 @@
+"""The import direction: experiments -> videonsa_jax -> pallas_kernels -> jax, and nothing points back."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Folder -> packages of this project, or modules outside it, that no file below it may import.
+FORBIDDEN = {
+    "pallas_kernels": ("videonsa_jax", "experiments", "flax", "optax", "torch", "transformers"),
+    "videonsa_jax": ("experiments", "torch", "transformers"),
+    "videonsa_jax/models": ("videonsa_jax.data", "videonsa_jax.training"),
+    "videonsa_jax/data": ("videonsa_jax.models", "videonsa_jax.training", "pallas_kernels", "flax", "optax"),
+    "experiments": ("torch", "transformers"),
+}
+
+
+def _imported_modules(path: Path) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text(), filename=str(path))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; the project imports by absolute name"
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return modules
+
+
+def _violations(folder: Path, forbidden: tuple[str, ...]) -> list[str]:
+    return [
+        f"{path.relative_to(folder.parent)} imports {module}"
+        for path in sorted(folder.rglob("*.py"))
+        for module in sorted(_imported_modules(path))
+        if any(module == name or module.startswith(name + ".") for name in forbidden)
+    ]
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_imports_point_one_way(folder: str) -> None:
+    assert list((ROOT / folder).rglob("*.py")), f"{folder} holds no Python file: the test would check nothing"
+    assert _violations(ROOT / folder, FORBIDDEN[folder]) == []
+
+
+def test_a_violation_is_seen(tmp_path: Path) -> None:
+    package = tmp_path / "pallas_kernels"
+    package.mkdir()
+    (package / "bad.py").write_text("from videonsa_jax import configs\n")
+    assert _violations(package, FORBIDDEN["pallas_kernels"]) == ["pallas_kernels/bad.py imports videonsa_jax.configs"]
