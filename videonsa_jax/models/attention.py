@@ -1,0 +1,244 @@
+"""Attention over the two streams (docs/architecture.md, "Two streams").
+
+Visual queries read visual keys: by Native Sparse Attention, or densely together with the text before them. Text
+queries read the visual and text keys before them, always densely: two parts merged by log-sum-exp.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import merge_by_lse, nsa_attention, nsa_attention_sharded, prefix_attention
+from videonsa_jax.configs import NSAConfig, TextConfig
+from videonsa_jax.models import rope
+from videonsa_jax.models.layers import fan_in_init, linear, residual_scale
+from videonsa_jax.streams import Batch
+
+type AttentionKind = Literal["nsa", "dense"]
+type Implementation = str | Mapping[str, str] | None
+type Tables = tuple[Float[Array, "*L half"], Float[Array, "*L half"]]
+
+DATA_AXES = ("data", "fsdp")  # mesh axes over which contexts (B) are split
+CONTEXT_AXIS, TENSOR_AXIS = "context", "tensor"
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """What every layer's attention needs beside the hidden states; see `streams.Batch` for the fields it copies.
+
+    Attributes:
+      visual_tables: rotary (cos, sin) of the visual stream, each `[B, Lv, D/2]`.
+      text_tables: rotary (cos, sin) of the text stream, each `[B, Q, Lt, D/2]`.
+    """
+
+    visual_tables: Tables
+    text_tables: Tables
+    visual_lengths: Int[Array, "B"]
+    text_lengths: Int[Array, "B Q"]
+    visible_visual: Int[Array, "B Q Lt"]
+    visible_text: Int[Array, "B Lv"]
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """How attention is computed.
+
+    Attributes:
+      kind: "nsa" or "dense", for the visual queries.
+      implementation: backend, as `pallas_kernels` takes it: None, a name, or a dict per operation.
+      mesh: the devices over which arrays are split, or None; with more than one, kernels run inside `shard_map`.
+    """
+
+    kind: AttentionKind
+    implementation: Implementation = None
+    mesh: Mesh | None = None
+
+    def implementation_of(self, operation: str) -> str | None:
+        """The backend named for one operation."""
+        if isinstance(self.implementation, Mapping):
+            return self.implementation.get(operation)
+        return self.implementation
+
+
+def visibility(batch: Batch, config: TextConfig) -> Visibility:
+    """Computes once what all layers share."""
+    return Visibility(
+        visual_tables=rope.mrope_tables(batch.visual_positions, config.mrope_section, config.rope_theta),
+        text_tables=rope.mrope_tables(batch.text_positions, config.mrope_section, config.rope_theta),
+        visual_lengths=batch.visual_lengths,
+        text_lengths=batch.text_lengths,
+        visible_visual=batch.visible_visual,
+        visible_text=batch.visible_text,
+    )
+
+
+def _mesh_axis(mesh: Mesh, name: str) -> str | None:
+    return name if mesh.shape.get(name, 1) > 1 else None
+
+
+def _data_axes(mesh: Mesh) -> tuple[str, ...]:
+    return tuple(axis for axis in DATA_AXES if axis in mesh.shape)
+
+
+def _prefix(
+    query: Float[Array, "B Q L N G D"],
+    key: Float[Array, "B *S N D"],
+    value: Float[Array, "B *S N D"],
+    visible: Int[Array, "B Q L"],
+    key_lengths: Int[Array, "B *R"],
+    options: AttentionOptions,
+) -> tuple[Float[Array, "B Q L N G D"], Float[Array, "B Q L N G"]]:
+    """`prefix_attention`, inside `shard_map` where there are several devices; keys are whole on each context rank."""
+
+    def attend(query: Array, key: Array, value: Array, visible: Array, key_lengths: Array) -> tuple[Array, Array]:
+        return prefix_attention(
+            query, key, value, visible, key_lengths, implementation=options.implementation_of("prefix_attention")
+        )
+
+    mesh = options.mesh
+    if mesh is None or mesh.size == 1:
+        return attend(query, key, value, visible, key_lengths)
+    data, heads = _data_axes(mesh), _mesh_axis(mesh, TENSOR_AXIS)
+    of_query = PartitionSpec(data, None, None, heads)
+    of_key = PartitionSpec(data, *[None] * (key.ndim - 3), heads)
+    sharded = jax.shard_map(
+        attend,
+        mesh=mesh,
+        in_specs=(of_query, of_key, of_key, PartitionSpec(data), PartitionSpec(data)),
+        out_specs=(of_query, of_query),
+        check_vma=False,
+    )
+    return sharded(query, key, value, visible, key_lengths)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention of a decoder layer, with the NSA gate MLP where the model has one.
+
+    Head h of a checkpoint is (h // G, h % G); its gate rows are 3h, 3h+1, 3h+2 (SEMANTICS "Symbols").
+    """
+
+    def __init__(
+        self,
+        config: TextConfig,
+        nsa: NSAConfig | None,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+    ):
+        hidden = config.hidden_size
+        width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        options = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        self.q_proj = linear(hidden, width, use_bias=True, **options)
+        self.k_proj = linear(hidden, kv_width, use_bias=True, **options)
+        self.v_proj = linear(hidden, kv_width, use_bias=True, **options)
+        output_init = fan_in_init(residual_scale(config.num_hidden_layers))
+        self.o_proj = linear(width, hidden, use_bias=False, kernel_init=output_init, **options)
+        if nsa is not None:
+            normal = nnx.initializers.normal(0.02)
+            second = nnx.initializers.zeros_init() if nsa.gate_init == "zero" else normal
+            self.g_proj_1 = linear(hidden, hidden, use_bias=True, kernel_init=normal, **options)
+            self.g_proj_2 = linear(
+                hidden, 3 * config.num_attention_heads, use_bias=True, kernel_init=second, **options
+            )
+        self.config = config
+        self.nsa = nsa
+
+    def queries(self, x: Float[Array, "*L hidden"], tables: Tables) -> Float[Array, "*L N G D"]:
+        """Rotated queries, by KV head and place in its group."""
+        config = self.config
+        query = self.q_proj(x).reshape(*x.shape[:-1], config.num_key_value_heads, config.group_size, config.head_dim)
+        return rope.rotate(query, jax.tree.map(lambda table: table[..., None, None, :], tables))
+
+    def keys_values(
+        self, x: Float[Array, "*L hidden"], tables: Tables
+    ) -> tuple[Float[Array, "*L N D"], Float[Array, "*L N D"]]:
+        """Rotated keys, and values."""
+        shape = (*x.shape[:-1], self.config.num_key_value_heads, self.config.head_dim)
+        key = rope.rotate(self.k_proj(x).reshape(shape), jax.tree.map(lambda table: table[..., None, :], tables))
+        return key, self.v_proj(x).reshape(shape)
+
+    def gate_logits(self, x: Float[Array, "*L hidden"]) -> Float[Array, "*L N G 3"]:
+        """Logits of the three branches' gates for each query head; needs a model with NSA."""
+        logits = self.g_proj_2(nnx.gelu(self.g_proj_1(x), approximate=False))
+        return logits.reshape(*x.shape[:-1], self.config.num_key_value_heads, self.config.group_size, 3)
+
+    def output(self, heads: Float[Array, "*L N G D"]) -> Float[Array, "*L hidden"]:
+        """Joins the heads and projects them back."""
+        return self.o_proj(heads.reshape(*heads.shape[:-3], -1))
+
+    def attend_visual(
+        self,
+        x: Float[Array, "B Lv hidden"],
+        visual_kv: tuple[Float[Array, "B Lv N D"], Float[Array, "B Lv N D"]],
+        text_kv: tuple[Float[Array, "B Q Lt N D"], Float[Array, "B Q Lt N D"]],
+        places: Visibility,
+        options: AttentionOptions,
+    ) -> Float[Array, "B Lv hidden"]:
+        """The visual stream's attention: NSA over visual keys, or dense over all keys before each token."""
+        query = self.queries(x, places.visual_tables)
+        if options.kind == "dense":
+            return self.output(self._dense_visual(query, visual_kv, text_kv, places, options))
+        arguments = {
+            "block_size": self.nsa.block_size,
+            "block_count": self.nsa.block_count,
+            "window_size": self.nsa.window_size,
+            "gate_temperature": self.nsa.gate_temperature,
+            "init_blocks": self.nsa.init_blocks,
+            "local_blocks": self.nsa.local_blocks,
+            "branches": self.nsa.branches,
+            "lengths": places.visual_lengths,
+            "implementation": options.implementation,
+        }
+        mesh = options.mesh
+        gates = self.gate_logits(x)
+        if mesh is None or mesh.size == 1:
+            return self.output(nsa_attention(query, *visual_kv, gates, **arguments))
+        heads = nsa_attention_sharded(
+            query,
+            *visual_kv,
+            gates,
+            mesh=mesh,
+            data_axes=_data_axes(mesh),
+            context_axis=_mesh_axis(mesh, CONTEXT_AXIS),
+            tensor_axis=_mesh_axis(mesh, TENSOR_AXIS),
+            **arguments,
+        )
+        return self.output(heads)
+
+    def _dense_visual(
+        self,
+        query: Float[Array, "B Lv N G D"],
+        visual_kv: tuple[Float[Array, "B Lv N D"], Float[Array, "B Lv N D"]],
+        text_kv: tuple[Float[Array, "B 1 Lt N D"], Float[Array, "B 1 Lt N D"]],
+        places: Visibility,
+        options: AttentionOptions,
+    ) -> Float[Array, "B Lv N G D"]:
+        query = query[:, None]
+        past = jnp.broadcast_to(jnp.arange(1, query.shape[2] + 1, dtype=jnp.int32), query.shape[:3])
+        visual = _prefix(query, *visual_kv, past, places.visual_lengths, options)
+        text = _prefix(query, *text_kv, places.visible_text[:, None], places.text_lengths, options)
+        return merge_by_lse(visual, text)[0][:, 0]
+
+    def attend_text(
+        self,
+        x: Float[Array, "B Q Lt hidden"],
+        visual_kv: tuple[Float[Array, "B Lv N D"], Float[Array, "B Lv N D"]],
+        text_kv: tuple[Float[Array, "B Q Lt N D"], Float[Array, "B Q Lt N D"]],
+        places: Visibility,
+        options: AttentionOptions,
+    ) -> Float[Array, "B Q Lt hidden"]:
+        """The text stream's attention: dense over the visual and own text keys before each token."""
+        query = self.queries(x, places.text_tables)
+        past = jnp.broadcast_to(jnp.arange(1, query.shape[2] + 1, dtype=jnp.int32), query.shape[:3])
+        visual = _prefix(query, *visual_kv, places.visible_visual, places.visual_lengths, options)
+        text = _prefix(query, *text_kv, past, places.text_lengths, options)
+        return self.output(merge_by_lse(visual, text)[0])

@@ -1,0 +1,104 @@
+"""Qwen2.5's decoder on two streams: the layer, and the stack of layers."""
+
+from functools import partial
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from videonsa_jax.configs import NSAConfig, TextConfig
+from videonsa_jax.models.attention import Attention, AttentionOptions, Visibility
+from videonsa_jax.models.layers import GatedMLP, RMSNorm, scan_stack, stack
+
+type Hidden = tuple[Float[Array, "B Lv hidden"], Float[Array, "B Q Lt hidden"]]
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and SwiGLU, both residual. Norms and MLP are token-wise, so the streams share them."""
+
+    def __init__(
+        self,
+        config: TextConfig,
+        nsa: NSAConfig | None,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+    ):
+        options = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype)
+        self.self_attn = Attention(config, nsa, **options)
+        self.mlp = GatedMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            use_bias=False,
+            num_layers=config.num_hidden_layers,
+            **options,
+        )
+
+    def __call__(
+        self, hidden: Hidden, places: Visibility, options: AttentionOptions, *, update_visual: bool = True
+    ) -> Hidden:
+        """Applies the layer.
+
+        Args:
+          hidden: the two streams.
+          places: see `Visibility`.
+          options: see `AttentionOptions`.
+          update_visual: False computes the visual stream's keys and values only and returns it as it came. Exact for
+            the text stream; meant for the last layer, after which nothing reads the visual stream.
+
+        Returns:
+          The two streams after the layer.
+        """
+        visual, text = hidden
+        attention = self.self_attn
+        visual_normed, text_normed = self.input_layernorm(visual), self.input_layernorm(text)
+        visual_kv = attention.keys_values(visual_normed, places.visual_tables)
+        text_kv = attention.keys_values(text_normed, places.text_tables)
+        text = self._add_mlp(text + attention.attend_text(text_normed, visual_kv, text_kv, places, options))
+        if update_visual:
+            visual = self._add_mlp(
+                visual + attention.attend_visual(visual_normed, visual_kv, text_kv, places, options)
+            )
+        return visual, text
+
+    def _add_mlp(self, x: Float[Array, "*L hidden"]) -> Float[Array, "*L hidden"]:
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nnx.Module):
+    """All decoder layers.
+
+    `layers` holds every layer but the last, stacked along a leading axis and scanned; `last_layer` stands apart
+    because its visual half is skipped (docs/attention.md, "The last layer"). A slice of one common stack would cost a copy of
+    the weights in every step, and a condition inside the loop one of the residuals.
+    """
+
+    def __init__(
+        self,
+        config: TextConfig,
+        nsa: NSAConfig | None,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        remat: bool = False,
+    ):
+        make = partial(DecoderLayer, config, nsa, dtype=dtype, param_dtype=param_dtype)
+        self.layers = stack(lambda layer_rngs: make(rngs=layer_rngs), config.num_hidden_layers - 1, rngs)
+        self.last_layer = make(rngs=rngs)
+        self.remat = remat
+
+    def __call__(
+        self, hidden: Hidden, places: Visibility, options: AttentionOptions, *, update_visual: bool = False
+    ) -> Hidden:
+        """Applies all layers; unless `update_visual`, the visual stream returned is the one before the last layer."""
+
+        def apply(layer: DecoderLayer, hidden: Hidden, _: None) -> Hidden:
+            return layer(hidden, places, options)
+
+        hidden = scan_stack(apply, self.layers, hidden, remat=self.remat)
+        return self.last_layer(hidden, places, options, update_visual=update_visual)

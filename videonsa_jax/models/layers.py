@@ -1,0 +1,120 @@
+"""What the vision tower and the decoder share: initialisers, linear maps, RMSNorm, the gated MLP, stacks of layers."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+def fan_in_init(scale: float = 1.0) -> nnx.Initializer:
+    """Truncated normal of standard deviation scale / sqrt(fan in)."""
+    return nnx.initializers.variance_scaling(scale**2, "fan_in", "truncated_normal")
+
+
+def residual_scale(num_layers: int) -> float:
+    """Factor on the weights that write to the residual stream, 1 / sqrt(2 x layers).
+
+    Two maps a layer add to the stream (GPT-2, section 2.3); with this its variance does not grow with depth.
+    """
+    return (2 * num_layers) ** -0.5
+
+
+def linear(
+    in_features: int,
+    out_features: int,
+    *,
+    use_bias: bool,
+    rngs: nnx.Rngs,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+    kernel_init: nnx.Initializer | None = None,
+) -> nnx.Linear:
+    """A linear map `[..., in] -> [..., out]`, computed in `dtype`; kernel `[in, out]`, fan-in scaled unless told."""
+    return nnx.Linear(
+        in_features,
+        out_features,
+        use_bias=use_bias,
+        kernel_init=fan_in_init() if kernel_init is None else kernel_init,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation with a learned scale; statistics in float32 whatever the input."""
+
+    def __init__(self, features: int, eps: float, *, param_dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*L features"]) -> Float[Array, "*L features"]:
+        """Normalises the last axis; returns x's dtype."""
+        x32 = x.astype(jnp.float32)
+        variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        normed = x32 * jax.lax.rsqrt(variance + self.eps)
+        return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class GatedMLP(nnx.Module):
+    """down(silu(gate(x)) * up(x)); without biases in the decoder, with biases in the vision tower."""
+
+    def __init__(
+        self,
+        hidden: int,
+        intermediate: int,
+        *,
+        use_bias: bool,
+        num_layers: int,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+    ):
+        options = {"use_bias": use_bias, "rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        self.gate_proj = linear(hidden, intermediate, **options)
+        self.up_proj = linear(hidden, intermediate, **options)
+        self.down_proj = linear(intermediate, hidden, kernel_init=fan_in_init(residual_scale(num_layers)), **options)
+
+    def __call__(self, x: Float[Array, "*L hidden"]) -> Float[Array, "*L hidden"]:
+        """Applies the MLP to each token."""
+        return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def stack[Layer: nnx.Module](make_layer: Callable[[nnx.Rngs], Layer], count: int, rngs: nnx.Rngs) -> Layer:
+    """One module whose every parameter has a leading axis of `count` layers, each initialised on its own."""
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(layer_rngs: nnx.Rngs) -> Layer:
+        return make_layer(layer_rngs)
+
+    return make(rngs)
+
+
+def scan_stack[Layer: nnx.Module, Carry, Xs](
+    apply: Callable[[Layer, Carry, Xs], Carry], layers: Layer, carry: Carry, xs: Xs = None, *, remat: bool
+) -> Carry:
+    """Runs a stack of layers in order, compiling one layer only.
+
+    Args:
+      apply: (layer, carry, x) -> carry.
+      layers: what `stack` returned.
+      carry: input of the first layer.
+      xs: a pytree with a leading layer axis, given to the layers slice by slice.
+      remat: recompute a layer's inside in the backward pass instead of keeping it.
+
+    Returns:
+      The last layer's output.
+    """
+    graphdef, state = nnx.split(layers)
+
+    def body(carry, inputs):
+        parameters, x = inputs
+        return apply(nnx.merge(graphdef, parameters), carry, x), None
+
+    # The loop already keeps XLA from merging the recomputation with the forward pass.
+    body = jax.checkpoint(body, prevent_cse=False) if remat else body
+    return jax.lax.scan(body, carry, (state, xs))[0]

@@ -1,0 +1,153 @@
+"""The whole model: vision tower, decoder on two streams, logits where text is."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from videonsa_jax.configs import ModelConfig
+from videonsa_jax.models.attention import AttentionKind, AttentionOptions, Implementation, visibility
+from videonsa_jax.models.decoder import Decoder
+from videonsa_jax.models.layers import RMSNorm, linear
+from videonsa_jax.models.vision import VisionTower
+from videonsa_jax.streams import Batch
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Output:
+    """What the model returns.
+
+    Attributes:
+      logits: of the token that follows each text token.
+      visual_hidden: final-normed hidden states of the visual stream, or None unless asked for.
+    """
+
+    logits: Float[Array, "B Q Lt V"]
+    visual_hidden: Float[Array, "B Lv hidden"] | None
+
+
+class VideoNSA(nnx.Module):
+    """Qwen2.5-VL with Native Sparse Attention on its visual stream (arXiv 2510.02295).
+
+    Q text rows of a context are answered on one visual stream, exactly as Q separate samples would be.
+
+    Parameters have transformers' names (`visual.blocks.attn.qkv`, `decoder.layers.self_attn.q_proj`, ...), kernels are
+    `[in, out]`, and the layers of a stack lie along a leading axis; the last decoder layer is `decoder.last_layer`.
+
+    Args:
+      config: the sizes; `config.nsa=None` makes a model without gates, dense throughout.
+      rngs: the source of initial weights.
+      dtype: of activations and matrix products; norms, softmax, losses and logits are float32 whatever it is.
+      param_dtype: in which parameters are kept.
+      remat: recompute each layer in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        rngs: nnx.Rngs,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
+    ):
+        text = config.text
+        options = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        self.visual = VisionTower(config.vision, remat=remat, **options)
+        # 1/sqrt(hidden): tied logits start with variance 1, and at the published widths it is Qwen's own 0.02.
+        self.embed_tokens = nnx.Embed(
+            text.vocab_size,
+            text.hidden_size,
+            embedding_init=nnx.initializers.normal(text.hidden_size**-0.5),
+            **options,
+        )
+        self.decoder = Decoder(text, config.nsa, remat=remat, **options)
+        self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps, param_dtype=param_dtype)
+        if not text.tie_word_embeddings:
+            self.lm_head = linear(text.hidden_size, text.vocab_size, use_bias=False, **options)
+        self.config = config
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        batch: Batch,
+        attention: str | None = None,
+        implementation: Implementation = None,
+        mesh: Mesh | None = None,
+        return_visual: bool = False,
+    ) -> Output:
+        """Logits of every text position; `text_hidden` has the arguments and errors."""
+        hidden, visual = self.text_hidden(batch, attention, implementation, mesh, return_visual)
+        return Output(logits=self.logits(hidden), visual_hidden=visual)
+
+    def text_hidden(
+        self,
+        batch: Batch,
+        attention: str | None = None,
+        implementation: Implementation = None,
+        mesh: Mesh | None = None,
+        return_visual: bool = False,
+    ) -> tuple[Float[Array, "B Q Lt hidden"], Float[Array, "B Lv hidden"] | None]:
+        """Everything but the output projection, so that a loss can choose its positions first.
+
+        Args:
+          batch: the two streams.
+          attention: "nsa" or "dense", for the visual queries; None is "nsa" if the model has gates. Text queries are
+            dense in both.
+          implementation: backend of the attention operations: None (the best for the device), a name, or a dict per
+            operation.
+          mesh: the devices over which the batch is split; None or one device: no collectives.
+          return_visual: also compute the visual half of the last layer, which nothing else reads.
+
+        Returns:
+          Final-normed hidden states of the text stream, to be passed to `logits`, and of the visual stream or None.
+          Values at padded positions are finite and mean nothing.
+
+        Raises:
+          ValueError: `attention` is unknown, is "nsa" on a model without gates, or is "dense" with Q > 1.
+        """
+        kind = self._attention_kind(attention, batch.text_tokens.shape[1])
+        batch = jax.tree.map(jnp.asarray, batch)
+        options = AttentionOptions(kind, implementation, mesh)
+        # The default gather clamps: a padding id outside the vocabulary cannot become NaN.
+        text = self.embed_tokens.embedding[...][batch.text_tokens].astype(self.dtype)
+        hidden = (self.embed_visual(batch), text)
+        places = visibility(batch, self.config.text)
+        visual, text = self.decoder(hidden, places, options, update_visual=return_visual)
+        return self.norm(text), self.norm(visual) if return_visual else None
+
+    def embed_visual(self, batch: Batch) -> Float[Array, "B Lv hidden"]:
+        """Encodes all frames and lines their merged tokens up as the visual stream."""
+        contexts, frames, patches, _ = batch.patches.shape
+        tokens = batch.visual_source.shape[1]
+        if contexts * frames * patches * tokens == 0:
+            return jnp.zeros((contexts, tokens, self.config.text.hidden_size), self.dtype)
+        merged = self.visual(
+            batch.patches.reshape(contexts * frames, patches, -1), batch.frame_grids.reshape(contexts * frames, 2)
+        )
+        merged = merged.reshape(contexts, -1, merged.shape[-1])
+        return jnp.take_along_axis(merged, batch.visual_source[..., None], axis=1, mode="clip")
+
+    def logits(self, hidden: Float[Array, "*L hidden"]) -> Float[Array, "*L V"]:
+        """Projects hidden states to the vocabulary; products in the model's dtype, accumulated to float32."""
+        if self.config.text.tie_word_embeddings:
+            weights = self.embed_tokens.embedding[...].astype(self.dtype)
+            return jnp.einsum("...h,vh->...v", hidden, weights, preferred_element_type=jnp.float32)
+        weights = self.lm_head.kernel[...].astype(self.dtype)
+        return jnp.einsum("...h,hv->...v", hidden, weights, preferred_element_type=jnp.float32)
+
+    def _attention_kind(self, attention: str | None, rows: int) -> AttentionKind:
+        if attention is None:
+            attention = "dense" if self.config.nsa is None else "nsa"
+        if attention not in ("nsa", "dense"):
+            raise ValueError(f'VideoNSA: attention is {attention!r}, expected "nsa", "dense" or None')
+        if attention == "nsa" and self.config.nsa is None:
+            raise ValueError('VideoNSA: attention is "nsa", but config.nsa is None: this model has no gates, use "dense"')
+        if attention == "dense" and rows > 1:
+            raise ValueError(f"VideoNSA: dense attention supports Q = 1 text row a context only, got Q = {rows}")
+        return attention
