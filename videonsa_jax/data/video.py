@@ -1,0 +1,419 @@
+"""Video files to resized frames to patches, with PyAV and Pillow.
+
+Frames are chosen by presentation time, not by number: at target time t the frame shown is the one with the largest
+presentation timestamp <= t, so variable frame rates, late starts and reordered (B) frames need no special case.
+"""
+
+import contextlib
+import itertools
+import math
+import struct
+import time
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+MAX_SIDE_RATIO = 200  # Qwen's limit on a frame's aspect ratio
+MAX_PIXELS_IN = 2**26  # two 8K frames
+MIN_PIXELS, MAX_PIXELS = 3136, 12_845_056  # preprocessor_config.json of Qwen2.5-VL: 4 and 16384 tokens of 28x28
+SEEK_SECONDS = 2.0  # jumping over less than this costs more than decoding through it
+
+
+class VideoError(Exception):
+    """A video cannot be used: one sentence naming the file, what was found and what was expected."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a header says about a video.
+
+    Attributes:
+      width: pixels, as displayed (after rotation).
+      height: pixels, as displayed.
+      duration: seconds.
+      fps: average frames per second; 0 if the file does not say.
+    """
+
+    width: int
+    height: int
+    duration: float
+    fps: float = 0.0
+
+
+@dataclass(frozen=True)
+class DecodedVideo:
+    """Sampled frames of one video.
+
+    Attributes:
+      frames: RGB; an even number, the last frame repeated if need be.
+      fps: frames per second of video really sampled.
+      duration: seconds of the whole video.
+    """
+
+    frames: UInt8[np.ndarray, "F H W 3"]
+    fps: float
+    duration: float
+
+
+@dataclass(frozen=True)
+class _Orientation:
+    """How stored pixels become displayed ones: transpose first, then flip."""
+
+    transpose: bool = False
+    flip_rows: bool = False
+    flip_columns: bool = False
+
+    def apply(self, image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
+        image = image.swapaxes(0, 1) if self.transpose else image
+        return image[:: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1]
+
+
+def smart_resize(
+    height: int, width: int, factor: int = 28, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
+) -> tuple[int, int]:
+    """Qwen's frame size: multiples of `factor`, area within limits, aspect ratio about kept.
+
+    Source: `smart_resize` of transformers' Qwen2-VL image processor.
+
+    Args:
+      height: pixels.
+      width: pixels.
+      factor: pixels a visual token is wide and high.
+      min_pixels: lower limit of the result's area.
+      max_pixels: upper limit of the result's area.
+
+    Returns:
+      (height, width) in pixels; unchanged where already multiples of `factor` inside the limits.
+
+    Raises:
+      ValueError: a side is not positive, or the aspect ratio is past Qwen's limit of 200.
+    """
+    if min(height, width) < 1 or max(height, width) > MAX_SIDE_RATIO * min(height, width):
+        raise ValueError(f"frame size {width}x{height}, expected an aspect ratio of at most {MAX_SIDE_RATIO}")
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    if new_height * new_width > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_height, new_width
+
+
+def sample_times(duration: float, fps: float, max_frames: int) -> tuple[Float[np.ndarray, "F"], float]:
+    """Target times of the sampled frames.
+
+    Args:
+      duration: seconds.
+      fps: frames wanted per second; frame k stands at k / fps.
+      max_frames: upper limit; a longer video is sampled uniformly, from 0 in steps of duration / max_frames.
+
+    Returns:
+      (times in seconds, frames per second really sampled); at least one time.
+    """
+    count = max(1, math.ceil(duration * fps - 1e-6))  # 8.0000001 s at 4 fps are 32 frames
+    if count > max_frames:
+        count, fps = max_frames, max_frames / duration
+    return np.arange(count) / fps, fps
+
+
+@contextlib.contextmanager
+def _opened(path: Path, seconds_limit: float, max_pixels_in: int) -> Iterator[tuple]:
+    """Opens the file's main video stream; every way of failing inside becomes a VideoError."""
+    if not path.is_file():
+        raise VideoError(f"{path}: no such file, expected a video")
+    if path.stat().st_size == 0:
+        raise VideoError(f"{path}: 0 bytes, expected a video")
+    try:
+        # "file:" keeps a path such as "http:..." or "concat:..." from being read as a protocol.
+        with av.open(f"file:{path}", timeout=seconds_limit) as container:
+            stream = container.streams.best("video")
+            if stream is None:
+                raise VideoError(f"{path}: holds no video stream, expected one")
+            codec = stream.codec_context
+            if not 0 < codec.width * codec.height <= max_pixels_in:
+                raise VideoError(
+                    f"{path}: frames of {codec.width}x{codec.height}, expected 1 to {max_pixels_in} pixels a frame"
+                )
+            codec.thread_count = 1  # loaders run many files at once; threads inside one would only contend
+            codec.options = {"max_pixels": str(max_pixels_in)}  # a stream may change its size after the header
+            yield container, stream
+    except (av.FFmpegError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise VideoError(f"{path}: {reason}, expected a readable video") from error
+
+
+def _orientation(stream: av.VideoStream) -> _Orientation:
+    matrix = stream.codec_context.coded_side_data.get("display_matrix")
+    if matrix is None:
+        return _Orientation()
+    # Row-major 3x3 in fixed point; a stored point (x, y) is displayed at (a x + c y, b x + d y), y pointing down.
+    a, b, _, c, d = struct.unpack("<5i", matrix[:20])
+    if abs(a) >= abs(b):
+        return _Orientation(flip_rows=d < 0, flip_columns=a < 0)
+    return _Orientation(transpose=True, flip_rows=b < 0, flip_columns=c < 0)
+
+
+def _frame_rate(stream: av.VideoStream) -> Fraction:
+    return stream.average_rate or stream.guessed_rate or Fraction(25)
+
+
+def _scan_duration(path: Path, seconds_limit: float, max_pixels_in: int) -> float:
+    """Duration in seconds from the packets' timestamps, for files whose header has none."""
+    deadline = time.monotonic() + seconds_limit
+    with _opened(path, seconds_limit, max_pixels_in) as (container, stream):
+        first, end, count = None, 0.0, 0
+        for packet in container.demux(stream):
+            if time.monotonic() > deadline:
+                raise VideoError(f"{path}: {seconds_limit:g} s spent looking for its duration, expected less")
+            if packet.size == 0:
+                continue
+            count += 1
+            if packet.pts is not None:
+                start = float(packet.pts * stream.time_base)
+                shown = float((packet.duration or 0) * stream.time_base) or 1 / float(_frame_rate(stream))
+                first = start if first is None else min(first, start)
+                end = max(end, start + shown)
+        if count == 0:
+            raise VideoError(f"{path}: holds no video packets, expected some")
+        return end - first if first is not None else count / float(_frame_rate(stream))
+
+
+def _header_duration(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[float | None, float]:
+    """(seconds or None, how many seconds the last frame may end earlier)."""
+    slack = 2 / float(_frame_rate(stream))
+    if stream.duration:
+        return float(stream.duration * stream.time_base), slack
+    if not container.duration:
+        return None, slack
+    # Matroska states where the file ends, not how long the video is; its sound may run on for a while.
+    seconds = container.duration / av.time_base - max(0.0, float((stream.start_time or 0) * stream.time_base))
+    return seconds, max(1.0, 0.02 * seconds) if container.streams.audio else slack
+
+
+def probe_video(path: str | Path, *, seconds_limit: float = 20.0, max_pixels_in: int = MAX_PIXELS_IN) -> VideoInfo:
+    """Reads a video's size, duration and rate from its header (from its packets, where the header has no duration).
+
+    Args:
+      path: the file.
+      seconds_limit: wall time allowed.
+      max_pixels_in: frames with more pixels are refused.
+
+    Raises:
+      VideoError: the file is missing, empty, unreadable, too large in pixels or too slow to read.
+    """
+    path = Path(path)
+    with _opened(path, seconds_limit, max_pixels_in) as (container, stream):
+        size = stream.codec_context.width, stream.codec_context.height
+        if _orientation(stream).transpose:
+            size = size[::-1]
+        duration, _ = _header_duration(container, stream)
+        rate = float(stream.average_rate or 0)
+    if duration is None:
+        duration = _scan_duration(path, seconds_limit, max_pixels_in)
+    return VideoInfo(width=size[0], height=size[1], duration=duration, fps=rate)
+
+
+class _Reader:
+    """Walks a stream in presentation order; `shown` yields the frame shown at each of some ascending timestamps."""
+
+    def __init__(
+        self, path: Path, container: av.container.InputContainer, stream: av.VideoStream, seconds_limit: float
+    ):
+        self.path, self.container, self.stream = path, container, stream
+        self.seconds_limit, self.deadline = seconds_limit, time.monotonic() + seconds_limit
+        self.keyframes = [entry.timestamp for entry in stream.index_entries if entry.is_keyframe]
+        self.end = 0  # timestamp at which the last decoded frame stops being shown
+
+    def frames(self) -> Iterator[tuple[int, av.VideoFrame]]:
+        """(timestamp, frame) from the current position on."""
+        untimed = float(1 / _frame_rate(self.stream) / self.stream.time_base)
+        count = 0
+        for packet in self.container.demux(self.stream):
+            if packet.is_corrupt:
+                raise VideoError(f"{self.path}: a damaged packet at byte {packet.pos}, expected an intact video")
+            for frame in packet.decode():
+                # A bare elementary stream has no timestamps: its frames count at the nominal rate.
+                yield (round(count * untimed) if frame.pts is None else frame.pts), frame
+                count += 1
+            if time.monotonic() > self.deadline:
+                raise VideoError(f"{self.path}: decoding took longer than the limit of {self.seconds_limit:g} s")
+
+    def _jump(self, target: int, position: int) -> Iterator[tuple[int, av.VideoFrame]] | None:
+        """Frames from a keyframe well past `position` and shown no later than `target`; None where there is none."""
+        nearest = bisect_right(self.keyframes, target) - 1
+        threshold = position + SEEK_SECONDS / float(self.stream.time_base)
+        if nearest < 0 or self.keyframes[nearest] < threshold:
+            return None
+        # The index holds decoding times: a keyframe may be shown later than the target, then an earlier one serves.
+        # The last resort is the one before the current position; `shown` skips what it has seen.
+        behind = max(0, bisect_right(self.keyframes, position) - 2)
+        for index in (*(i for i in range(nearest, behind, -1) if self.keyframes[i] >= threshold), behind):
+            self.container.seek(self.keyframes[index], stream=self.stream)
+            ahead = self.frames()
+            first = next(ahead, None)
+            if first is not None and (first[0] <= target or index == behind):
+                return itertools.chain([first], ahead)
+        return iter(())
+
+    def shown(self, targets: list[int]) -> Iterator[av.VideoFrame]:
+        """For each ascending timestamp the frame with the largest timestamp not after it (the first, before all)."""
+        ahead, current, position = self.frames(), None, self.stream.start_time or 0
+        for target in targets:
+            ahead = self._jump(target, position) or ahead
+            for timestamp, frame in ahead:
+                if current is not None and timestamp <= position:
+                    continue
+                if current is not None and timestamp > target:
+                    ahead = itertools.chain([(timestamp, frame)], ahead)
+                    break
+                current, position = frame, timestamp
+                self.end = timestamp + (frame.duration or 0)
+            if current is None:
+                return
+            yield current
+
+
+def decode_video(
+    path: str | Path,
+    *,
+    fps: float,
+    max_frames: int,
+    min_pixels: int = MIN_PIXELS,
+    max_pixels: int | None = MAX_PIXELS,
+    factor: int = 28,
+    seconds_limit: float = 20.0,
+    max_pixels_in: int = MAX_PIXELS_IN,
+    expected: VideoInfo | None = None,
+) -> DecodedVideo:
+    """Samples a video's frames, upright and resized.
+
+    Only sampled frames are converted to RGB and resized (Pillow, bicubic). Pixels are taken as square.
+
+    Args:
+      path: the file.
+      fps: frames wanted per second of video.
+      max_frames: upper limit of sampled frames (see `sample_times`).
+      min_pixels: lower limit of a resized frame's area.
+      max_pixels: upper limit of a resized frame's area; None keeps the displayed size.
+      factor: both sides of a resized frame are multiples of it.
+      seconds_limit: wall time allowed.
+      max_pixels_in: stored frames with more pixels are refused.
+      expected: what the file should hold; its duration then decides the sampled times.
+
+    Raises:
+      VideoError: the file is missing, empty, unreadable, damaged, cut short, not as expected, too large in pixels or
+        too slow to decode.
+    """
+    path = Path(path)
+    info = expected or probe_video(path, seconds_limit=seconds_limit, max_pixels_in=max_pixels_in)
+    if info.duration <= 0:
+        raise VideoError(f"{path}: lasts {info.duration:g} s, expected more than 0")
+    times, rate = sample_times(info.duration, fps, max_frames)
+    with _opened(path, seconds_limit, max_pixels_in) as (container, stream):
+        orientation = _orientation(stream)
+        slack = _check_expected(path, container, stream, orientation, info)
+        height, width = info.height, info.width
+        if max_pixels is not None:
+            height, width = smart_resize(height, width, factor, min_pixels, max_pixels)
+        start, tick = stream.start_time or 0, float(stream.time_base)
+        reader = _Reader(path, container, stream, seconds_limit)
+        frames = np.empty((len(times) + len(times) % 2, height, width, 3), np.uint8)
+        to_rgb, previous, count = VideoReformatter(), None, 0
+        for count, frame in enumerate(reader.shown([start + round(t / tick) for t in times]), start=1):
+            if frame is previous:
+                frames[count - 1] = frames[count - 2]
+            else:
+                frames[count - 1] = _displayed(to_rgb, frame, orientation, height, width)
+            previous = frame
+        shown_until = (reader.end - start) * tick
+        if count == 0 or shown_until + slack < times[-1]:
+            raise VideoError(
+                f"{path}: its frames end at {shown_until if count else 0.0:.2f} s, expected {info.duration:.2f} s"
+            )
+        frames[len(times) :] = frames[len(times) - 1]
+    return DecodedVideo(frames=frames, fps=rate, duration=info.duration)
+
+
+def _check_expected(
+    path: Path,
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    orientation: _Orientation,
+    info: VideoInfo,
+) -> float:
+    """Compares the header with `info`; returns how many seconds the last frame may end early."""
+    size = stream.codec_context.width, stream.codec_context.height
+    size = size[::-1] if orientation.transpose else size
+    duration, slack = _header_duration(container, stream)
+    if size != (info.width, info.height):
+        raise VideoError(f"{path}: frames of {size[0]}x{size[1]}, expected {info.width}x{info.height}")
+    if duration is not None and abs(duration - info.duration) > max(0.5, 0.02 * info.duration):
+        raise VideoError(f"{path}: lasts {duration:.2f} s, expected {info.duration:.2f} s")
+    return slack
+
+
+def _displayed(
+    to_rgb: VideoReformatter, frame: av.VideoFrame, orientation: _Orientation, height: int, width: int
+) -> UInt8[np.ndarray, "H W 3"]:
+    image = orientation.apply(to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray())
+    return image if image.shape[:2] == (height, width) else resize_frame(image, height, width)
+
+
+def resize_frame(frame: UInt8[np.ndarray, "H W 3"], height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
+    """One RGB frame resized with Pillow's bicubic filter, as Qwen's image processor does."""
+    image = Image.fromarray(np.ascontiguousarray(frame))
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def frames_to_patches(
+    frames: UInt8[np.ndarray, "F H W C"], *, patch_size: int = 14, temporal_patch_size: int = 2, merge_size: int = 2
+) -> UInt8[np.ndarray, "t P patch_dim"]:
+    """Cuts frames into patches in Qwen's order.
+
+    The patches of one merge group (2x2) are consecutive, groups are row-major; each patch is flattened as (channel,
+    frame of the pair, row, column).
+
+    Args:
+      frames: F a multiple of `temporal_patch_size`, H and W of `patch_size` x `merge_size`.
+      patch_size: pixels a patch is wide and high.
+      temporal_patch_size: frames a patch is deep.
+      merge_size: patches along each side of a merge group.
+
+    Returns:
+      One row of patches per temporal grid position.
+
+    Raises:
+      ValueError: a size does not divide.
+    """
+    count, height, width, channels = frames.shape
+    side = patch_size * merge_size
+    if count % temporal_patch_size or height % side or width % side:
+        raise ValueError(
+            f"{count} frames of {width}x{height}, expected a multiple of {temporal_patch_size} frames and sides that "
+            f"are multiples of {side}"
+        )
+    cut = frames.reshape(
+        count // temporal_patch_size,
+        temporal_patch_size,
+        height // side,
+        merge_size,
+        patch_size,
+        width // side,
+        merge_size,
+        patch_size,
+        channels,
+    )
+    patches = cut.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    patch_dim = channels * temporal_patch_size * patch_size**2
+    return np.ascontiguousarray(patches).reshape(count // temporal_patch_size, -1, patch_dim)
