@@ -1,0 +1,300 @@
+"""Clips of the `clips` data set as scenes with questions, drawn so that every answer is as likely as every other.
+
+Answers are dealt from shuffled decks, not drawn: within a split each family's answers, and their places among the
+options, are balanced to within one deck.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import permutations, product
+from typing import Literal
+
+import numpy as np
+
+from videonsa_jax.data import scenes
+from videonsa_jax.data.config import ClipsConfig
+from videonsa_jax.data.scenes import Ball, Box, Card, Edge, Needle, Scene, Still, Thing
+
+Split = Literal["train", "heldout"]
+SPLITS: tuple[Split, ...] = ("train", "heldout")
+Family = Literal["colour", "time", "order", "text", "count", "speed", "direction", "spatial"]
+FAMILIES: tuple[Family, ...] = ("colour", "time", "order", "text", "count", "speed", "direction", "spatial")
+
+QUARTER_NAMES = ("first", "second", "third", "fourth")
+COUNT_NAMES = ("one", "two", "three", "four")
+DIRECTIONS = ("left", "right", "up", "down")
+RELATIONS = ("left", "right", "above", "below")
+_OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+
+# Of ten clips four have flashes, three balls and three boxes.
+_KINDS = ("flashes", "balls", "flashes", "boxes", "flashes", "balls", "boxes", "flashes", "balls", "boxes")
+_ASPECTS = ((1, 1), (4, 3), (3, 4), (16, 9), (9, 16))
+_FRAME_RATES = (8, 12, 16, 24)
+# Longer clips would spend most of their rendering on repeated frames.
+_LONG_SECONDS, _LONG_FRAME_RATES = 8, (8, 12)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A multiple-choice question; the answer is one of the options."""
+
+    family: Family
+    text: str
+    options: tuple[str, ...]
+    answer: str
+
+    @property
+    def prompt(self) -> str:
+        """The question with its options, one to a line so that an option is written exactly as an answer is."""
+        return "\n".join((self.text, "Options:", *self.options))
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A scene, its questions, and the path of its video relative to the data set's folder."""
+
+    video: str
+    scene: Scene
+    questions: tuple[Question, ...]
+
+
+def _ask(family: Family, **words: str) -> str:
+    return {
+        "colour": "What colour is the {shape}?",
+        "time": "In which quarter of the clip does the {shape} appear?",
+        "order": "Which shape appears {end}?",
+        "text": "What does the {colour} card say?",
+        "count": "How many times does the edge flash {colour}?",
+        "speed": "How fast does the {colour} ball circle?",
+        "direction": "Which way does the {colour} box slide {end}?",
+        "spatial": "Where is the {shape} relative to the {other}?",
+    }[family].format(**words)
+
+
+def corpus() -> list[str]:
+    """Every question the families can ask, with the options it may have: what the tokenizer is trained on."""
+    shapes, colours, ends = scenes.SHAPES, tuple(scenes.COLOURS), ("first", "last")
+    asked: list[tuple[str, tuple[str, ...]]] = []
+    asked += [(_ask("colour", shape=shape), colours) for shape in shapes]
+    asked += [(_ask("time", shape=shape), QUARTER_NAMES) for shape in shapes]
+    asked += [(_ask("order", end=end), shapes) for end in ends]
+    asked += [(_ask("text", colour="white"), scenes.WORDS)]
+    asked += [(_ask("count", colour="orange"), COUNT_NAMES)]
+    asked += [(_ask("speed", colour=colour), tuple(scenes.SPEEDS)) for colour in colours]
+    asked += [(_ask("direction", colour=colour, end=end), DIRECTIONS) for colour in colours for end in ends]
+    asked += [(_ask("spatial", shape=a, other=b), RELATIONS) for a, b in permutations(scenes.STILL_SHAPES, 2)]
+    return ["\n".join((text, "Options:", *options)) for text, options in asked]
+
+
+class _Dealer:
+    """Deals values from named decks: every value once, in random order, before any comes again."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.rng = rng
+        self._decks: dict[str, Iterator] = {}
+
+    def deal[T](self, name: str, values: list[T]) -> T:
+        if name not in self._decks:
+            self._decks[name] = self._deck(values)
+        return next(self._decks[name])
+
+    def _deck[T](self, values: list[T]) -> Iterator[T]:
+        while True:
+            for index in self.rng.permutation(len(values)):
+                yield values[index]
+
+    def pick[T](self, values: list[T] | tuple[T, ...], count: int) -> list[T]:
+        """`count` different values in random order."""
+        return [values[index] for index in self.rng.permutation(len(values))[:count]]
+
+    def question(self, family: Family, text: str, answer: str, others: list[str] | tuple[str, ...]) -> Question:
+        """A question whose answer has a dealt place among the options."""
+        options = self.pick([other for other in others if other != answer], 3)
+        options.insert(self.deal(f"{family} place", [0, 1, 2, 3]), answer)
+        return Question(family, text, tuple(options), answer)
+
+    def place(self) -> tuple[float, float]:
+        x, y = self.rng.uniform(-1, 1, 2)
+        return float(x), float(y)
+
+
+def _needle_ranks(dealer: _Dealer) -> tuple[list[int], tuple[int, int]]:
+    """The quarter of each of four needles in order of appearance, and the two that the time questions ask about."""
+    asked = dealer.deal("time", list(product(range(scenes.QUARTERS), repeat=2)))
+    if asked[0] != asked[1] and dealer.rng.integers(2):
+        return list(range(scenes.QUARTERS)), asked
+    if asked[0] == asked[1]:
+        quarters = sorted((asked[0], dealer.pick([q for q in range(scenes.QUARTERS) if q != asked[0]], 1)[0]))
+        ranks = dealer.pick([2 * quarters.index(asked[0]), 2 * quarters.index(asked[0]) + 1], 2)
+    else:
+        quarters = sorted(asked)
+        ranks = [2 * quarters.index(quarter) + int(dealer.rng.integers(2)) for quarter in asked]
+    return [quarters[0]] * 2 + [quarters[1]] * 2, (ranks[0], ranks[1])
+
+
+def _needle_onsets(dealer: _Dealer, quarters: list[int], slots: int) -> list[int]:
+    quarter_slots = slots // scenes.QUARTERS
+    room = quarter_slots - scenes.needle_slots(slots)
+    onsets: list[int] = []
+    for quarter in sorted(set(quarters)):
+        if quarters.count(quarter) == 1:
+            within = [int(dealer.rng.integers(room + 1))]
+        else:
+            pairs = [(a, b) for a in range(room + 1) for b in range(a + 2, room + 1)]
+            within = list(pairs[dealer.rng.integers(len(pairs))])
+        onsets += [quarter * quarter_slots + onset for onset in within]
+    return onsets
+
+
+def _edges(dealer: _Dealer, count: int, slots: int) -> list[Edge]:
+    """`count` orange flashes and one to four cyan ones, at most one of a colour in a quarter, a gap between any two."""
+    length, quarter_slots = scenes.edge_slots(slots), slots // scenes.QUARTERS
+    onsets = range(1, quarter_slots - length)
+    quarters = list(range(scenes.QUARTERS))
+    flashes = {"orange": dealer.pick(quarters, count), "cyan": dealer.pick(quarters, int(dealer.rng.integers(1, 5)))}
+    edges: list[Edge] = []
+    for quarter in quarters:
+        colours = [colour for colour, chosen in flashes.items() if quarter in chosen]
+        apart = [pair for pair in product(onsets, repeat=2) if abs(pair[0] - pair[1]) >= length]
+        chosen = apart[dealer.rng.integers(len(apart))] if len(colours) == 2 else [int(dealer.rng.choice(onsets))]
+        edges += [
+            Edge(colour, quarter * quarter_slots + onset, length)
+            for colour, onset in zip(colours, chosen, strict=False)
+        ]
+    return edges
+
+
+def _flashes(dealer: _Dealer, slots: int) -> tuple[list[Thing], list[Question]]:
+    length, quarter_slots = scenes.needle_slots(slots), slots // scenes.QUARTERS
+    quarters, timed = _needle_ranks(dealer)
+    onsets = _needle_onsets(dealer, quarters, slots)
+
+    first, last = dealer.deal("order", list(permutations(scenes.SHAPES, 2)))
+    shapes = [first, *dealer.pick([shape for shape in scenes.SHAPES if shape not in (first, last)], 2), last]
+    coloured = dealer.pick(range(4), 2)
+    dealt_colours = dealer.deal("colour", list(permutations(scenes.COLOURS, 2)))
+    other_colours = iter(dealer.pick([colour for colour in scenes.COLOURS if colour not in dealt_colours], 2))
+    colours = [dealt_colours[coloured.index(rank)] if rank in coloured else next(other_colours) for rank in range(4)]
+
+    words = dealer.deal("text", list(permutations(scenes.WORDS, 2)))
+    card_quarters = dealer.rng.integers(scenes.QUARTERS, size=2).tolist()
+    card_onsets = [q * quarter_slots + int(dealer.rng.integers(quarter_slots - length + 1)) for q in card_quarters]
+
+    # Things of one quarter may show at once, so they stand in different quadrants.
+    free = {quarter: dealer.pick(range(4), 4) for quarter in range(scenes.QUARTERS)}
+    needles = [
+        Needle(shape, colour, free[quarter].pop(), *dealer.place(), onset, length)
+        for shape, colour, quarter, onset in zip(shapes, colours, quarters, onsets, strict=True)
+    ]
+    cards = [
+        Card(word, colour, free[quarter].pop(), *dealer.place(), onset, length)
+        for word, colour, quarter, onset in zip(words, ("white", "yellow"), card_quarters, card_onsets, strict=True)
+    ]
+    count = dealer.deal("count", [1, 2, 3, 4])
+    edges = _edges(dealer, count, slots)
+
+    other_words = dealer.pick([word for word in scenes.WORDS if word not in words], 2)
+    questions = [
+        *(dealer.question("colour", _ask("colour", shape=shapes[rank]), colours[rank], colours) for rank in coloured),
+        *(
+            dealer.question("time", _ask("time", shape=shapes[rank]), QUARTER_NAMES[quarters[rank]], QUARTER_NAMES)
+            for rank in timed
+        ),
+        dealer.question("order", _ask("order", end="first"), first, shapes),
+        dealer.question("order", _ask("order", end="last"), last, shapes),
+        dealer.question("text", _ask("text", colour="white"), words[0], [words[1], *other_words]),
+        dealer.question("count", _ask("count", colour="orange"), COUNT_NAMES[count - 1], COUNT_NAMES),
+    ]
+    return [*needles, *cards, *edges], questions
+
+
+def _stills(dealer: _Dealer) -> tuple[list[Still], list[int], list[Question]]:
+    """Two shapes side by side or one above the other, the two quadrants they leave, and their questions."""
+    relation = dealer.deal("spatial", list(RELATIONS))
+    if relation in ("left", "right"):
+        quadrants = [(0, 1), (2, 3)][dealer.rng.integers(2)]
+    else:
+        quadrants = [(0, 2), (1, 3)][dealer.rng.integers(2)]
+    if relation in ("right", "below"):
+        quadrants = quadrants[::-1]
+    shapes, colours = dealer.pick(scenes.STILL_SHAPES, 2), dealer.pick(list(scenes.COLOURS), 2)
+    stills = [Still(*look, *dealer.place()) for look in zip(shapes, colours, quadrants, strict=True)]
+    questions = [
+        dealer.question("spatial", _ask("spatial", shape=shapes[0], other=shapes[1]), relation, RELATIONS),
+        dealer.question("spatial", _ask("spatial", shape=shapes[1], other=shapes[0]), _OPPOSITE[relation], RELATIONS),
+    ]
+    return stills, dealer.pick([q for q in range(4) if q not in quadrants], 2), questions
+
+
+def _balls(dealer: _Dealer, slots: int) -> tuple[list[Thing], list[Question]]:
+    del slots
+    stills, quadrants, spatial = _stills(dealer)
+    speeds = dealer.deal("speed", list(product(scenes.SPEEDS, repeat=2)))
+    colours = dealer.pick(list(scenes.COLOURS), 2)
+    balls = [
+        Ball(
+            colour,
+            quadrant,
+            phase=int(dealer.rng.integers(scenes.RING_STEPS)),
+            step=scenes.SPEEDS[speed] * int(dealer.rng.choice((-1, 1))),
+        )
+        for colour, quadrant, speed in zip(colours, quadrants, speeds, strict=True)
+    ]
+    questions = [
+        dealer.question("speed", _ask("speed", colour=colour), speed, tuple(scenes.SPEEDS))
+        for colour, speed in zip(colours, speeds, strict=True)
+    ]
+    return [*balls, *stills], questions + spatial
+
+
+def _boxes(dealer: _Dealer, slots: int) -> tuple[list[Thing], list[Question]]:
+    del slots
+    stills, quadrants, spatial = _stills(dealer)
+    directions = dealer.deal("direction", list(product(DIRECTIONS, repeat=2)))
+    colours = dealer.pick(list(scenes.COLOURS), 2)
+    boxes: list[Box] = []
+    questions: list[Question] = []
+    for colour, quadrant, direction in zip(colours, quadrants, directions, strict=True):
+        end = ("first", "last")[dealer.rng.integers(2)]
+        horizontal, vertical = (int(sign) for sign in dealer.rng.choice((-1, 1), 2))
+        if direction in ("left", "right"):
+            horizontal = -1 if direction == "left" else 1
+        else:
+            vertical = -1 if direction == "up" else 1
+        first = "horizontal" if (direction in ("left", "right")) == (end == "first") else "vertical"
+        places = dealer.rng.integers(scenes.TRACK_STEPS, size=4).tolist()
+        boxes.append(Box(colour, quadrant, first, horizontal, vertical, *places))
+        text = _ask("direction", colour=colour, end=end)
+        questions.append(dealer.question("direction", text, direction, DIRECTIONS))
+    return [*boxes, *stills], questions + spatial
+
+
+def _size(side: int, aspect: tuple[int, int]) -> tuple[int, int]:
+    """Even width and height of about side^2 pixels (4:2:0 chroma wants even sizes)."""
+    ratio = (aspect[0] / aspect[1]) ** 0.5
+    return 2 * round(side * ratio / 2), 2 * round(side / ratio / 2)
+
+
+def draw_clips(config: ClipsConfig, split: Split) -> list[Clip]:
+    """The clips of a split: a pure function of the configuration."""
+    dealer = _Dealer(np.random.default_rng((config.seed, SPLITS.index(split))))
+    make = {"flashes": _flashes, "balls": _balls, "boxes": _boxes}
+    clips: list[Clip] = []
+    for index in range(config.train_clips if split == "train" else config.heldout_clips):
+        seconds = dealer.deal("seconds", list(config.seconds))
+        rates = _FRAME_RATES if seconds <= _LONG_SECONDS else _LONG_FRAME_RATES
+        slots = seconds * scenes.SLOTS_PER_SECOND
+        things, questions = make[_KINDS[index % len(_KINDS)]](dealer, slots)
+        width, height = _size(config.frame_side, dealer.deal("aspect", list(_ASPECTS)))
+        grey = int(dealer.rng.integers(10, 50))
+        tint = dealer.rng.integers(0, 16, 3).tolist()
+        scene = Scene(
+            width=width,
+            height=height,
+            fps=int(dealer.rng.choice(rates)),
+            slots=slots,
+            background=(grey + tint[0], grey + tint[1], grey + tint[2]),
+            things=tuple(things),
+        )
+        clips.append(Clip(f"{split}/{index:06d}.mp4", scene, tuple(questions)))
+    return clips
