@@ -1,0 +1,145 @@
+"""The engine of the XLA implementations: exact attention over chunks of queries, in memory linear in their number.
+
+`attend` is one dense tile with a hand-written gradient that recomputes the probabilities from the log-sum-exp (as in
+FlashAttention, arXiv 2205.14135, appendix B). `over_query_chunks` runs a tile per chunk of queries.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Bool, Float, Float32
+
+from pallas_kernels.common import EMPTY_LSE
+
+TILE_ELEMENTS = 2**25
+"""Elements of the largest array of one chunk (128 MiB in float32)."""
+
+_SAVED = ("chunk_output", "chunk_lse")
+
+
+def _dot(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    # The default precision would round float32 operands to TF32 or bfloat16 on GPU and TPU.
+    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    return jnp.einsum(subscripts, left, right, precision=precision, preferred_element_type=jnp.float32)
+
+
+def scaled_logits(q: Float[jax.Array, "*X C G D"], k: Float[jax.Array, "*X K D"]) -> Float32[jax.Array, "*X C G K"]:
+    """Logits q k^T / sqrt(D), accumulated in float32."""
+    return _dot("...cgd,...kd->...cgk", q, k.astype(q.dtype)) * q.shape[-1] ** -0.5
+
+
+@jax.custom_vjp
+def attend(
+    q: Float[jax.Array, "*X C G D"],
+    k: Float[jax.Array, "*X K D"],
+    v: Float[jax.Array, "*X K D"],
+    visible: Bool[jax.Array, "..."],
+) -> tuple[Float[jax.Array, "*X C G D"], Float32[jax.Array, "*X C G"]]:
+    """Attends inside one tile.
+
+    Args:
+      q: C tokens of G heads that share their keys, for any leading axes. Its dtype is that of the matrix products.
+      k: keys, in q's dtype or in float32; their gradient has their dtype.
+      v: values, likewise.
+      visible: mask that broadcasts to the logits [*X, C, G, K].
+
+    Returns:
+      Output in q's dtype and natural log-sum-exp in float32; 0 and -1e30 where a query sees no key.
+    """
+    logits = jnp.where(visible, scaled_logits(q, k), -jnp.inf)
+    top = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
+    weights = jnp.exp(logits - jnp.where(top == -jnp.inf, 0.0, top))
+    total = jnp.sum(weights, axis=-1)
+    empty = total == 0
+    divisor = jnp.where(empty, 1.0, total)
+    o = _dot("...cgk,...kd->...cgd", weights.astype(q.dtype), v.astype(q.dtype)) / divisor[..., None]
+    return o.astype(q.dtype), jnp.where(empty, EMPTY_LSE, top[..., 0] + jnp.log(divisor))
+
+
+def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> tuple[Any, Any]:
+    o, lse = (checkpoint_name(x, name) for x, name in zip(attend(q, k, v, visible), _SAVED, strict=True))
+    return (o, lse), (q, k, v, visible, o, lse)
+
+
+def _attend_backward(residuals: Any, cotangents: Any) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, visible, o, lse = residuals
+    do, dlse = cotangents
+    weights = jnp.exp(jnp.where(visible, scaled_logits(q, k), -jnp.inf) - lse[..., None])
+    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
+    dv = _dot("...cgk,...cgd->...kd", weights.astype(q.dtype), do)
+    dweights = _dot("...cgd,...kd->...cgk", do, v.astype(q.dtype))
+    dlogits = (weights * (dweights - delta[..., None]) * q.shape[-1] ** -0.5).astype(q.dtype)
+    dq = _dot("...cgk,...kd->...cgd", dlogits, k.astype(q.dtype))
+    dk = _dot("...cgk,...cgd->...kd", dlogits, q)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+def over_query_chunks(body: Callable[[Any], Any], per_query: Any, elements_per_query: int) -> Any:
+    """Applies `body` to chunks of the arrays in `per_query`, along their axis 1.
+
+    Few queries make one chunk, without a loop. Otherwise the chunks run one after another and their gradients
+    recompute everything but the results of `attend`.
+
+    Args:
+      body: maps arrays [B, C, ...] to arrays [B, C, ...], each query by itself.
+      per_query: tree of arrays [B, T, ...].
+      elements_per_query: elements of the largest array that `body` makes, divided by C.
+
+    Returns:
+      The tree of arrays [B, T, ...] that `body(per_query)` is.
+    """
+    queries = jax.tree.leaves(per_query)[0].shape[1]
+    fitting = max(TILE_ELEMENTS // max(elements_per_query, 1), 1)
+    if queries <= fitting:
+        return body(per_query)
+    chunks = -(-queries // fitting)
+    size = -(-queries // chunks)
+
+    def split(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, [(0, 0), (0, chunks * size - queries)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(x.shape[0], chunks, size, *x.shape[2:]), 1, 0)
+
+    def join(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], chunks * size, *x.shape[3:])[:, :queries]
+
+    saved = jax.checkpoint_policies.save_only_these_names(*_SAVED)
+    results = jax.lax.map(jax.checkpoint(body, policy=saved, prevent_cse=False), jax.tree.map(split, per_query))
+    return jax.tree.map(join, results)
+
+
+def dense_attention(
+    q: Float[jax.Array, "B T N G D"],
+    k: Float[jax.Array, "B S N D"],
+    v: Float[jax.Array, "B S N D"],
+    per_query: Any,
+    visible: Callable[[Any], Bool[jax.Array, "..."]],
+) -> tuple[Float[jax.Array, "B T N G D"], Float32[jax.Array, "B T N G"]]:
+    """Attends to all keys under a mask that is made chunk by chunk.
+
+    Args:
+      q: queries.
+      k: keys; what no query may see must be finite.
+      v: values, likewise.
+      per_query: tree of arrays [B, T, ...] from which the mask is made.
+      visible: maps a chunk [B, C, ...] of `per_query` to a mask that broadcasts to [B, N, C, S].
+
+    Returns:
+      Output in q's dtype and natural log-sum-exp in float32.
+    """
+    # float32 carriers: the sum over chunks of the keys' gradients is kept in their dtype.
+    keys, values = (jnp.swapaxes(x, 1, 2).astype(jnp.float32) for x in (k, v))
+
+    def body(chunk: Any) -> Any:
+        q_chunk, rest = chunk
+        o, lse = attend(jnp.swapaxes(q_chunk, 1, 2), keys, values, visible(rest)[..., None, :])
+        return jnp.swapaxes(o, 1, 2), jnp.swapaxes(lse, 1, 2)
+
+    batch, _, heads, group, _ = q.shape
+    return over_query_chunks(body, (q, per_query), batch * heads * group * k.shape[1])

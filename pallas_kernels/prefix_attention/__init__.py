@@ -1,0 +1,1 @@
+"""Dense attention where each query sees a prefix of the keys."""

@@ -1,0 +1,105 @@
+"""Which implementation of an operation runs.
+
+Every operation registers its implementations by name. A caller asks for one by name, or leaves the choice to the
+device; a kernel says that it does not cover a case by raising NotImplementedError while it is traced.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import jax
+
+Name = Literal["xla", "reference", "mosaic_gpu", "mosaic_tpu", "triton", "triton_token_major"]
+Implementation = str | Mapping[str, str | None] | None
+
+NAMES: tuple[str, ...] = get_args(Name)
+
+_PREFERENCE: dict[str, tuple[str, ...]] = {
+    "gpu": ("mosaic_gpu", "triton", "triton_token_major", "xla"),
+    "tpu": ("mosaic_tpu", "xla"),
+}
+_registered: dict[str, dict[str, Callable[..., Any]]] = {}
+_warned: set[tuple[str, str]] = set()
+
+
+def register(operation: str, **implementations: Callable[..., Any]) -> None:
+    """Adds implementations of an operation, under their names.
+
+    Args:
+      operation: the operation's name.
+      **implementations: functions that share the operation's signature, less `implementation`.
+
+    Raises:
+      ValueError: a name is not one of `NAMES`.
+    """
+    for name in implementations:
+        _check_name(name)
+    _registered.setdefault(operation, {}).update(implementations)
+
+
+def available(operation: str) -> tuple[str, ...]:
+    """Names of the implementations that exist of an operation."""
+    return tuple(_registered[operation])
+
+
+def check(implementation: Implementation) -> None:
+    """Raises where `implementation` holds a name or an operation that does not exist.
+
+    Args:
+      implementation: None, a name, or a dict from operation to name.
+
+    Raises:
+      ValueError: an unknown implementation or operation, with the known ones.
+    """
+    if implementation is None or isinstance(implementation, str):
+        implementation = {operation: implementation for operation in _registered}
+    for operation, name in implementation.items():
+        if operation not in _registered:
+            raise ValueError(
+                f"implementation names the operation {operation!r}, expected one of {', '.join(sorted(_registered))}"
+            )
+        if name is not None:
+            _check_name(name)
+
+
+def call(operation: str, implementation: Implementation, *args: Any, **kwargs: Any) -> Any:
+    """Runs an operation with the implementation asked for, or with the best one for the device.
+
+    Args:
+      operation: the operation's name.
+      implementation: a name runs that implementation or raises. None runs the device's first choice that covers the
+        case, with one warning per process when that is not the first. A dict gives one of the two per operation;
+        an operation it leaves out gets None.
+      *args: the operation's arrays.
+      **kwargs: the operation's keyword arguments.
+
+    Returns:
+      What the implementation returns.
+
+    Raises:
+      ValueError: an unknown implementation or operation.
+      NotImplementedError: the named implementation does not exist for this operation or does not cover the case.
+    """
+    check(implementation)
+    name = implementation.get(operation) if isinstance(implementation, Mapping) else implementation
+    functions = _registered[operation]
+    if name is not None:
+        if name not in functions:
+            raise NotImplementedError(f"{operation} has no implementation {name!r}, only {', '.join(functions)}")
+        return functions[name](*args, **kwargs)
+
+    *kernels, last = [name for name in _PREFERENCE.get(jax.default_backend(), ("xla",)) if name in functions]
+    for name in kernels:
+        try:
+            return functions[name](*args, **kwargs)
+        except NotImplementedError as reason:
+            if (operation, name) not in _warned:
+                _warned.add((operation, name))
+                warnings.warn(f"{operation}: {name} does not cover this call ({reason}); falling back", stacklevel=3)
+    return functions[last](*args, **kwargs)
+
+
+def _check_name(name: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"implementation is {name!r}, expected None or one of {', '.join(NAMES)}")
