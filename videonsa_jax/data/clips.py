@@ -76,7 +76,8 @@ def write_video(scene: Scene, path: Path) -> None:
             rate=scene.fps,
             options={
                 "preset": "ultrafast",
-                "qp": "18",
+                "qp": "30",
+                "x264-params": "ipratio=3",
                 "g": str(scene.frames_per_slot),
                 "keyint_min": str(scene.frames_per_slot),
                 "sc_threshold": "0",
@@ -143,7 +144,8 @@ def _ignore_interrupts() -> None:
 
 
 def _render(clips: list[Clip], root: Path, workers: int) -> None:
-    workers = min(workers or len(os.sched_getaffinity(0)), -(-len(clips) // _CLIPS_PER_WORKER))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers or cores, -(-len(clips) // _CLIPS_PER_WORKER))
     write = partial(_write_clip, root=root)
     if workers == 1:
         _progress(map(write, clips), len(clips))

@@ -26,6 +26,17 @@ DIRECTIONS = ("left", "right", "up", "down")
 RELATIONS = ("left", "right", "above", "below")
 _OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
+_TEXTS: dict[Family, str] = {
+    "colour": "What colour is the {shape}?",
+    "time": "In which quarter of the clip does the {shape} appear?",
+    "order": "Which shape appears {end}?",
+    "text": "What does the {colour} card say?",
+    "count": "How many times does the edge flash {colour}?",
+    "speed": "How fast does the {colour} ball circle?",
+    "direction": "Which way does the {colour} box slide {end}?",
+    "spatial": "Where is the {shape} relative to the {other}?",
+}
+
 # Of ten clips four have flashes, three balls and three boxes.
 _KINDS = ("flashes", "balls", "flashes", "boxes", "flashes", "balls", "boxes", "flashes", "balls", "boxes")
 _ASPECTS = ((1, 1), (4, 3), (3, 4), (16, 9), (9, 16))
@@ -59,16 +70,7 @@ class Clip:
 
 
 def _ask(family: Family, **words: str) -> str:
-    return {
-        "colour": "What colour is the {shape}?",
-        "time": "In which quarter of the clip does the {shape} appear?",
-        "order": "Which shape appears {end}?",
-        "text": "What does the {colour} card say?",
-        "count": "How many times does the edge flash {colour}?",
-        "speed": "How fast does the {colour} ball circle?",
-        "direction": "Which way does the {colour} box slide {end}?",
-        "spatial": "Where is the {shape} relative to the {other}?",
-    }[family].format(**words)
+    return _TEXTS[family].format(**words)
 
 
 def corpus() -> list[str]:
@@ -226,8 +228,7 @@ def _stills(dealer: _Dealer) -> tuple[list[Still], list[int], list[Question]]:
     return stills, dealer.pick([q for q in range(4) if q not in quadrants], 2), questions
 
 
-def _balls(dealer: _Dealer, slots: int) -> tuple[list[Thing], list[Question]]:
-    del slots
+def _balls(dealer: _Dealer, _slots: int) -> tuple[list[Thing], list[Question]]:
     stills, quadrants, spatial = _stills(dealer)
     speeds = dealer.deal("speed", list(product(scenes.SPEEDS, repeat=2)))
     colours = dealer.pick(list(scenes.COLOURS), 2)
@@ -247,8 +248,7 @@ def _balls(dealer: _Dealer, slots: int) -> tuple[list[Thing], list[Question]]:
     return [*balls, *stills], questions + spatial
 
 
-def _boxes(dealer: _Dealer, slots: int) -> tuple[list[Thing], list[Question]]:
-    del slots
+def _boxes(dealer: _Dealer, _slots: int) -> tuple[list[Thing], list[Question]]:
     stills, quadrants, spatial = _stills(dealer)
     directions = dealer.deal("direction", list(product(DIRECTIONS, repeat=2)))
     colours = dealer.pick(list(scenes.COLOURS), 2)
@@ -262,8 +262,10 @@ def _boxes(dealer: _Dealer, slots: int) -> tuple[list[Thing], list[Question]]:
         else:
             vertical = -1 if direction == "up" else 1
         first = "horizontal" if (direction in ("left", "right")) == (end == "first") else "vertical"
-        places = dealer.rng.integers(scenes.TRACK_STEPS, size=4).tolist()
-        boxes.append(Box(colour, quadrant, first, horizontal, vertical, *places))
+        # A row or column in which the box lies whole.
+        lanes = dealer.rng.integers(scenes.TRACK_STEPS - scenes.BOX_STEPS + 1, size=2).tolist()
+        starts = dealer.rng.integers(scenes.TRACK_STEPS, size=2).tolist()
+        boxes.append(Box(colour, quadrant, first, horizontal, vertical, *lanes, *starts))
         text = _ask("direction", colour=colour, end=end)
         questions.append(dealer.question("direction", text, direction, DIRECTIONS))
     return [*boxes, *stills], questions + spatial

@@ -29,6 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 SLOTS_PER_SECOND = 4
 RING_STEPS = 16
 TRACK_STEPS = 8
+BOX_STEPS = 3
 QUARTERS = 4
 
 Rgb = tuple[int, int, int]
@@ -52,7 +53,7 @@ SPEEDS = {"slow": 1, "medium": 3, "fast": 5, "racing": 7}
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 
 _BLACK = (0, 0, 0)
-_PANEL = (95, 95, 95)
+_PANEL = (80, 80, 80)
 
 
 class Mark(NamedTuple):
@@ -280,7 +281,7 @@ def _paint_edge(image: Image.Image, mark: Mark) -> None:
 
 def _paint_ball(image: Image.Image, mark: Mark) -> None:
     centre_x, centre_y, width, height = _quadrant(image, mark.quadrant)
-    ring, ball = 0.36 * min(width, height), 0.14 * min(width, height)
+    ring, ball = 0.34 * min(width, height), 0.16 * min(width, height)
     draw = ImageDraw.Draw(image)
     draw.ellipse((centre_x - ring, centre_y - ring, centre_x + ring, centre_y + ring), outline=_PANEL)
     angle = 2 * math.pi * mark.x / RING_STEPS
@@ -291,7 +292,7 @@ def _paint_ball(image: Image.Image, mark: Mark) -> None:
 def _paint_box(image: Image.Image, mark: Mark) -> None:
     centre_x, centre_y, width, height = _quadrant(image, mark.quadrant)
     panel = round(0.9 * min(width, height))
-    box = round(3 / 8 * panel)
+    box = round(BOX_STEPS / TRACK_STEPS * panel)
     x, y = (round(place * panel / TRACK_STEPS) for place in (mark.x, mark.y))
     pixels = np.full((panel, panel, 3), _PANEL, np.uint8)
     rows, columns = (np.arange(start, start + box) % panel for start in (y, x))
