@@ -4,7 +4,7 @@ Answers are dealt from shuffled decks, not drawn: within a split each family's a
 options, are balanced to within one deck.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
 from typing import Literal
@@ -95,21 +95,21 @@ class _Dealer:
         self.rng = rng
         self._decks: dict[str, Iterator] = {}
 
-    def deal[T](self, name: str, values: list[T]) -> T:
+    def deal[T](self, name: str, values: Sequence[T]) -> T:
         if name not in self._decks:
             self._decks[name] = self._deck(values)
         return next(self._decks[name])
 
-    def _deck[T](self, values: list[T]) -> Iterator[T]:
+    def _deck[T](self, values: Sequence[T]) -> Iterator[T]:
         while True:
             for index in self.rng.permutation(len(values)):
                 yield values[index]
 
-    def pick[T](self, values: list[T] | tuple[T, ...], count: int) -> list[T]:
+    def pick[T](self, values: Sequence[T], count: int) -> list[T]:
         """`count` different values in random order."""
         return [values[index] for index in self.rng.permutation(len(values))[:count]]
 
-    def question(self, family: Family, text: str, answer: str, others: list[str] | tuple[str, ...]) -> Question:
+    def question(self, family: Family, text: str, answer: str, others: Sequence[str]) -> Question:
         """A question whose answer has a dealt place among the options."""
         options = self.pick([other for other in others if other != answer], 3)
         options.insert(self.deal(f"{family} place", [0, 1, 2, 3]), answer)
@@ -142,6 +142,7 @@ def _needle_onsets(dealer: _Dealer, quarters: list[int], slots: int) -> list[int
         if quarters.count(quarter) == 1:
             within = [int(dealer.rng.integers(room + 1))]
         else:
+            # Two slots apart: a visual token spans two frames.
             pairs = [(a, b) for a in range(room + 1) for b in range(a + 2, room + 1)]
             within = list(pairs[dealer.rng.integers(len(pairs))])
         onsets += [quarter * quarter_slots + onset for onset in within]
@@ -212,7 +213,7 @@ def _flashes(dealer: _Dealer, slots: int) -> tuple[list[Thing], list[Question]]:
 
 def _stills(dealer: _Dealer) -> tuple[list[Still], list[int], list[Question]]:
     """Two shapes side by side or one above the other, the two quadrants they leave, and their questions."""
-    relation = dealer.deal("spatial", list(RELATIONS))
+    relation = dealer.deal("spatial", RELATIONS)
     if relation in ("left", "right"):
         quadrants = [(0, 1), (2, 3)][dealer.rng.integers(2)]
     else:
@@ -283,11 +284,11 @@ def draw_clips(config: ClipsConfig, split: Split) -> list[Clip]:
     make = {"flashes": _flashes, "balls": _balls, "boxes": _boxes}
     clips: list[Clip] = []
     for index in range(config.train_clips if split == "train" else config.heldout_clips):
-        seconds = dealer.deal("seconds", list(config.seconds))
+        seconds = dealer.deal("seconds", config.seconds)
         rates = _FRAME_RATES if seconds <= _LONG_SECONDS else _LONG_FRAME_RATES
         slots = seconds * scenes.SLOTS_PER_SECOND
         things, questions = make[_KINDS[index % len(_KINDS)]](dealer, slots)
-        width, height = _size(config.frame_side, dealer.deal("aspect", list(_ASPECTS)))
+        width, height = _size(config.frame_side, dealer.deal("aspect", _ASPECTS))
         grey = int(dealer.rng.integers(10, 50))
         tint = dealer.rng.integers(0, 16, 3).tolist()
         scene = Scene(

@@ -1,0 +1,51 @@
+"""The small BPE tokenizer of `clips`."""
+
+import pytest
+from tokenizers import Tokenizer
+
+from videonsa_jax.data.config import ClipsConfig
+from videonsa_jax.data.questions import corpus, draw_clips
+from videonsa_jax.data.tokenizer import MAX_VOCABULARY, SPECIAL_TOKENS, train_tokenizer
+
+PREFIX = "<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train_tokenizer([*corpus(), PREFIX], path)
+    return Tokenizer.from_file(str(path))
+
+
+def test_training_is_deterministic(tmp_path):
+    for name in ("a", "b"):
+        train_tokenizer(corpus(), tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_vocabulary_is_small_and_has_qwens_special_tokens(tokenizer):
+    assert 256 + len(SPECIAL_TOKENS) < tokenizer.get_vocab_size() <= MAX_VOCABULARY
+    for token in SPECIAL_TOKENS:
+        assert len(tokenizer.encode(f"a{token}b").ids) == 3
+
+
+def test_every_option_is_one_token_of_its_own(tokenizer):
+    """Directly after the assistant's prefix, as a model answers."""
+    prefix = tokenizer.encode(PREFIX).ids
+    for clip in draw_clips(ClipsConfig(heldout_clips=200), "heldout"):
+        for question in clip.questions:
+            answers = [tokenizer.encode(PREFIX + option).ids for option in question.options]
+            assert all(ids[:-1] == prefix for ids in answers)
+            assert len({ids[-1] for ids in answers}) == 4
+            # Written in the question exactly as in an answer.
+            assert {ids[-1] for ids in answers} <= set(tokenizer.encode(question.prompt).ids)
+
+
+@pytest.mark.parametrize("text", ["Naïve café 12:30 你好 🙂", "a  b\n\n c\t", "<|im_start|>user\nHi<|im_end|>"])
+def test_any_text_comes_back(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_no_text_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected some to learn from"):
+        train_tokenizer([""], tmp_path / "tokenizer.json")
