@@ -22,7 +22,7 @@ from videonsa_jax.models.layers import fan_in_init, linear, residual_scale
 from videonsa_jax.streams import Batch
 
 type AttentionKind = Literal["nsa", "dense"]
-type Implementation = str | Mapping[str, str] | None
+type Implementation = str | Mapping[str, str | None] | None
 type Tables = tuple[Float[Array, "*L half"], Float[Array, "*L half"]]
 
 DATA_AXES = ("data", "fsdp")  # mesh axes over which contexts (B) are split
@@ -60,12 +60,6 @@ class AttentionOptions:
     implementation: Implementation = None
     mesh: Mesh | None = None
 
-    def implementation_of(self, operation: str) -> str | None:
-        """The backend named for one operation."""
-        if isinstance(self.implementation, Mapping):
-            return self.implementation.get(operation)
-        return self.implementation
-
 
 def visibility(batch: Batch, config: TextConfig) -> Visibility:
     """Computes once what all layers share."""
@@ -98,9 +92,7 @@ def _prefix(
     """`prefix_attention`, inside `shard_map` where there are several devices; keys are whole on each context rank."""
 
     def attend(query: Array, key: Array, value: Array, visible: Array, key_lengths: Array) -> tuple[Array, Array]:
-        return prefix_attention(
-            query, key, value, visible, key_lengths, implementation=options.implementation_of("prefix_attention")
-        )
+        return prefix_attention(query, key, value, visible, key_lengths, implementation=options.implementation)
 
     mesh = options.mesh
     if mesh is None or mesh.size == 1:
@@ -146,9 +138,7 @@ class Attention(nnx.Module):
             normal = nnx.initializers.normal(0.02)
             second = nnx.initializers.zeros_init() if nsa.gate_init == "zero" else normal
             self.g_proj_1 = linear(hidden, hidden, use_bias=True, kernel_init=normal, **options)
-            self.g_proj_2 = linear(
-                hidden, 3 * config.num_attention_heads, use_bias=True, kernel_init=second, **options
-            )
+            self.g_proj_2 = linear(hidden, 3 * config.num_attention_heads, use_bias=True, kernel_init=second, **options)
         self.config = config
         self.nsa = nsa
 

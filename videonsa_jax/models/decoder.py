@@ -60,9 +60,7 @@ class DecoderLayer(nnx.Module):
         text_kv = attention.keys_values(text_normed, places.text_tables)
         text = self._add_mlp(text + attention.attend_text(text_normed, visual_kv, text_kv, places, options))
         if update_visual:
-            visual = self._add_mlp(
-                visual + attention.attend_visual(visual_normed, visual_kv, text_kv, places, options)
-            )
+            visual = self._add_mlp(visual + attention.attend_visual(visual_normed, visual_kv, text_kv, places, options))
         return visual, text
 
     def _add_mlp(self, x: Float[Array, "*L hidden"]) -> Float[Array, "*L hidden"]:
@@ -73,8 +71,8 @@ class Decoder(nnx.Module):
     """All decoder layers.
 
     `layers` holds every layer but the last, stacked along a leading axis and scanned; `last_layer` stands apart
-    because its visual half is skipped (docs/attention.md, "The last layer"). A slice of one common stack would cost a copy of
-    the weights in every step, and a condition inside the loop one of the residuals.
+    because its visual half is skipped (docs/attention.md, "The last layer"). To slice one common stack would copy the
+    weights in every step.
     """
 
     def __init__(

@@ -54,7 +54,8 @@ def grid_tables(
     """
     frequencies = _inverse_frequencies(head_dim // 4, theta)
     angles = jnp.concatenate(
-        [rows[..., None].astype(jnp.float32) * frequencies, columns[..., None].astype(jnp.float32) * frequencies], axis=-1
+        [rows[..., None].astype(jnp.float32) * frequencies, columns[..., None].astype(jnp.float32) * frequencies],
+        axis=-1,
     )
     return jnp.cos(angles), jnp.sin(angles)
 

@@ -147,7 +147,9 @@ class VideoNSA(nnx.Module):
         if attention not in ("nsa", "dense"):
             raise ValueError(f'VideoNSA: attention is {attention!r}, expected "nsa", "dense" or None')
         if attention == "nsa" and self.config.nsa is None:
-            raise ValueError('VideoNSA: attention is "nsa", but config.nsa is None: this model has no gates, use "dense"')
+            raise ValueError(
+                'VideoNSA: attention is "nsa", but config.nsa is None: this model has no gates, use "dense"'
+            )
         if attention == "dense" and rows > 1:
             raise ValueError(f"VideoNSA: dense attention supports Q = 1 text row a context only, got Q = {rows}")
         return attention

@@ -58,6 +58,12 @@ def patch_places(
     return rows, columns, valid
 
 
+def window_mask(rows: Int[Array, "*F P"], columns: Int[Array, "*F P"], side: int) -> Bool[Array, "*F P P"]:
+    """Whether two patches lie in the same window of side x side patches, windows starting at the frame's corner."""
+    row, column = rows // side, columns // side
+    return (row[..., :, None] == row[..., None, :]) & (column[..., :, None] == column[..., None, :])
+
+
 class VisionAttention(nnx.Module):
     """Multi-head attention among the patches of one frame, under a mask."""
 
@@ -76,8 +82,8 @@ class VisionAttention(nnx.Module):
     ) -> Float[Array, "F P hidden"]:
         """Attends; `visible[f, i, j]` says whether patch i sees patch j. Softmax in float32."""
         frames, patches, hidden = x.shape
-        qkv = self.qkv(x).reshape(frames, patches, 3, self.num_heads, -1)
-        query, key, value = (qkv[:, :, i] for i in range(3))
+        by_head = (frames, patches, self.num_heads, hidden // self.num_heads)
+        query, key, value = (part.reshape(by_head) for part in jnp.split(self.qkv(x), 3, axis=-1))
         tables = jax.tree.map(lambda table: table[:, :, None], tables)
         query, key = rope.rotate(query, tables), rope.rotate(key, tables)
         logits = jnp.einsum("fphd,fkhd->fhpk", query, key, preferred_element_type=jnp.float32)
@@ -171,10 +177,7 @@ class VisionTower(nnx.Module):
         config = self.config
         rows, columns, valid = patch_places(frame_grids, patches.shape[1], config.spatial_merge_size)
         tables = rope.grid_tables(rows, columns, config.head_dim, config.rope_theta)
-        side = config.window_size // config.patch_size
-        same_window = (rows[:, :, None] // side == rows[:, None] // side) & (
-            columns[:, :, None] // side == columns[:, None] // side
-        )
+        same_window = window_mask(rows, columns, config.window_size // config.patch_size)
 
         def apply(block: VisionBlock, x: Array, is_full: Array) -> Array:
             return block(x, tables, valid[:, None] & (same_window | is_full))
