@@ -69,7 +69,8 @@ def write_video(scene: Scene, path: Path) -> None:
     Every slot opens with a keyframe and the quantiser is constant, so that a slot's decoded pixels depend on that
     slot alone: prediction from earlier slots would leave traces of them, and with them of the order.
     """
-    part = path.with_suffix(".part")
+    # A worker that outlives its killed parent for a moment must not share a file with the next run's.
+    part = path.with_suffix(f".{os.getpid()}.part")
     with av.open(str(part), "w", format="mp4") as container:
         stream = container.add_stream(
             "libx264",
@@ -167,6 +168,8 @@ def _make(config: ClipsConfig, root: Path) -> None:
         (root / split).mkdir(parents=True, exist_ok=True)
     clips = {split: draw_clips(config, split) for split in SPLITS}
     _render([clip for split in SPLITS for clip in clips[split]], root, config.render_workers)
+    for left_by_a_killed_run in root.rglob("*.part"):
+        left_by_a_killed_run.unlink(missing_ok=True)
     for split in SPLITS:
         records = [record for clip in clips[split] for record in _records(clip)]
         (root / f"{split}.json").write_text(json.dumps(records, indent=1) + "\n")
