@@ -227,7 +227,7 @@ def empty_arrays(shape: BatchShape) -> Arrays:
 
 def _row(arrays: Mapping[str, np.ndarray], row: int) -> Arrays:
     """Views of one context's part of every field."""
-    return {name: value[:, row] if name in BATCH_AXIS_SECOND else value[row] for name, value in arrays.items()}
+    return {name: value[:, row] if name in BATCH_AXIS_SECOND else value[row, ...] for name, value in arrays.items()}
 
 
 def clear_row(arrays: Mapping[str, np.ndarray], row: int) -> None:

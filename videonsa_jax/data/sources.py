@@ -25,13 +25,19 @@ PLACEHOLDERS = ("<image>", "<video>")
 MAX_BUCKETS = 4
 LENGTH_MULTIPLE, TEXT_MULTIPLE = 16, 8
 WARNINGS_PER_KIND = 10
-MIN_COUNTED = 20  # a share of fewer is chance
+MIN_COUNTED = 100
 
 type Probe = Callable[[Sequence[str]], Sequence[VideoInfo | str]]
 
 
 class DataError(Exception):
     """The data cannot be used: one sentence says what was found and what was expected."""
+
+
+def too_many(failed: int, total: int, share: float) -> bool:
+    """Whether failures exceed their allowed share; that of fewer than `MIN_COUNTED` would be chance, so these count
+    as so many."""
+    return failed > share * max(total, MIN_COUNTED)
 
 
 @dataclass(frozen=True)
@@ -266,7 +272,7 @@ def read_records(
                 logger.warning("%s", reason)
     if malformed:
         logger.warning("%s: %d of %d records are malformed", path, malformed, len(raw))
-    if len(raw) >= MIN_COUNTED and malformed > max_failure_share * len(raw):
+    if too_many(malformed, len(raw), max_failure_share):
         raise DataError(
             f"{path}: {malformed} of {len(raw)} records are malformed, expected at most a share of "
             f"{max_failure_share:g} (max_failure_share); the last: {reason}"

@@ -1,0 +1,425 @@
+"""Records to batches: a deterministic schedule of steps, loaded by grain, resumable, the same on every host.
+
+Bucket, contexts and epoch of a step follow from its number alone, which all hosts hold; a context that cannot be
+loaded becomes a zero-weight row of the same shape. So hosts never disagree on shapes, whatever files they can read.
+
+An epoch holds every context once: each bucket's contexts are permuted and cut into batches, the last one of a bucket
+filled up with zero-weight rows, and the batches of all buckets are permuted. A held-out epoch is in file order.
+"""
+
+import hashlib
+import logging
+import os
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Self
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+
+from videonsa_jax.configs import ModelConfig
+from videonsa_jax.data.chat import Chat, load_chat
+from videonsa_jax.data.clips import make_clips
+from videonsa_jax.data.config import DataConfig
+from videonsa_jax.data.examples import (
+    BatchShape,
+    EvalBatch,
+    as_batch,
+    build_example,
+    clear_row,
+    empty_arrays,
+    fill_row,
+)
+from videonsa_jax.data.sources import (
+    DataError,
+    Index,
+    Probe,
+    Record,
+    build_index,
+    probe_videos,
+    read_records,
+    too_many,
+)
+from videonsa_jax.data.video import VideoError
+from videonsa_jax.streams import TrainBatch
+
+logger = logging.getLogger("videonsa_jax.data")
+
+Split = Literal["train", "heldout"]
+
+_ENDLESS = 2**40  # steps of a training split: any number no run reaches
+_MAX_THREADS = 8
+_WORKER_BUFFER = 2  # batches
+_SHARED_MEMORY_FROM = 2**16  # bytes; smaller arrays travel faster through the queue
+_STATE_VERSION = 1
+
+
+class Schedule:
+    """Which contexts make up which step.
+
+    Args:
+      buckets: the context numbers of each bucket.
+      contexts_per_batch: B, over all hosts.
+      seed: of the order of an epoch; None keeps file order.
+    """
+
+    def __init__(self, buckets: list[list[int]], contexts_per_batch: int, seed: int | None):
+        self._buckets = [np.asarray(bucket, np.int64) for bucket in buckets]
+        self._size, self._seed = contexts_per_batch, seed
+        self._epoch: tuple[int, list[tuple[int, np.ndarray]]] | None = None
+        self.steps_per_epoch = sum(-(-len(bucket) // contexts_per_batch) for bucket in buckets)
+
+    def step(self, step: int) -> tuple[int, np.ndarray]:
+        """(bucket, the context number of each row or -1 for one that fills up) of a step."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        known = self._epoch
+        if known is None or known[0] != epoch:  # several threads may do this at once, with the same result
+            known = self._epoch = epoch, self._batches(epoch)
+        return known[1][place]
+
+    def _batches(self, epoch: int) -> list[tuple[int, np.ndarray]]:
+        batches = []
+        for number, bucket in enumerate(self._buckets):
+            if self._seed is not None:
+                bucket = np.random.default_rng((self._seed, epoch, number)).permutation(bucket)
+            fill = np.full(-len(bucket) % self._size, -1, np.int64)
+            batches += [(number, rows) for rows in np.concatenate([bucket, fill]).reshape(-1, self._size)]
+        if self._seed is None:
+            return batches
+        order = np.random.default_rng((self._seed, epoch, len(self._buckets))).permutation(len(batches))
+        return [batches[place] for place in order]
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """Loads this host's rows of a step; runs in loader threads or processes."""
+
+    index: Index
+    chat: Chat
+    config: DataConfig
+    model: ModelConfig
+    schedule: Schedule
+    shapes: tuple[BatchShape, ...]
+    rows: range
+    answered: bool
+
+    def __call__(self, step: int) -> dict:
+        bucket, contexts = self.schedule.step(step)
+        arrays, failures, seen = empty_arrays(self.shapes[bucket]), [], 0
+        for place, row in enumerate(self.rows):
+            if contexts[row] < 0:
+                continue
+            context = self.index.contexts[contexts[row]]
+            seen += 1
+            try:
+                example = build_example(
+                    context, self.index.records, self.chat, self.config, self.model, answered=self.answered
+                )
+            except VideoError as error:
+                failures.append({"row": row, "records": str(context.records), "message": str(error)})
+            else:
+                fill_row(arrays, place, example)
+        return {"arrays": arrays, "failures": failures, "seen": seen}
+
+
+@dataclass
+class Failures:
+    """What went wrong on this host so far.
+
+    Attributes:
+      contexts: contexts asked for.
+      counts: failed contexts: "video" could not be used, "replayed" failed before the run was resumed.
+      messages: the last few reasons.
+    """
+
+    contexts: int = 0
+    counts: Counter = field(default_factory=Counter)
+    messages: deque = field(default_factory=lambda: deque(maxlen=10))
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A split, indexed and ready to iterate.
+
+    Attributes:
+      records: the good records; sample ids are their indices.
+      shapes: every shape of this process' batches, for compiling ahead.
+      steps_per_epoch: batches in an epoch.
+      dropped: records left out, by reason.
+      vocab_size: of the tokenizer.
+    """
+
+    records: tuple[Record, ...]
+    shapes: tuple[BatchShape, ...]
+    steps_per_epoch: int
+    dropped: dict[str, int]
+    vocab_size: int
+    chat: Chat
+    _loader: _Loader
+    _split: Split
+    _fingerprint: str
+
+    def iterator(self) -> "DataIterator":
+        """An iterator from the first step: endless for training, one epoch of the held-out split."""
+        return DataIterator(self)
+
+    def empty_batch(self, shape: BatchShape) -> TrainBatch | EvalBatch:
+        """A batch of `shape` whose rows all fill up."""
+        return as_batch(empty_arrays(shape))
+
+
+class DataIterator:
+    """Yields this process' rows of the global batches, as NumPy arrays; close it when done.
+
+    Attributes:
+      failures: what went wrong so far.
+    """
+
+    def __init__(self, pipeline: Pipeline):
+        self._pipeline = pipeline
+        self._source: Iterator[dict] | None = None
+        self._next_step = 0
+        self._skips: dict[tuple[int, int], str] = {}
+        self._warned: set[str] = set()
+        self.failures = Failures()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> TrainBatch | EvalBatch:
+        """The next batch.
+
+        Raises:
+          DataError: more contexts than the allowed share failed.
+          StopIteration: the held-out split is through.
+        """
+        if self._source is None:
+            self._source = self._open()
+        element = next(self._source)
+        if self._pipeline._loader.config.workers:
+            # A copy, as arrays in grain's shared memory must not outlive the interpreter's last modules.
+            element["arrays"] = {name: np.array(value) for name, value in element["arrays"].items()}
+        step, self._next_step = self._next_step, self._next_step + 1
+        self.failures.contexts += element["seen"]
+        failed = {failure["row"] for failure in element["failures"]}
+        rows = self._pipeline._loader.rows
+        for row in set(rows) - failed:
+            if (step, row) in self._skips:
+                clear_row(element["arrays"], row - rows.start)
+                self.failures.counts["replayed"] += 1
+        for failure in element["failures"]:
+            self._skips[step, failure["row"]] = failure["records"]
+            self._report(failure["message"])
+        self._check_share()
+        return as_batch(element["arrays"])
+
+    def get_state(self) -> dict:
+        """Where the iterator stands and what it skipped, ready for JSON; hosts save their own."""
+        return {
+            "version": _STATE_VERSION,
+            "data": self._pipeline._fingerprint,
+            "next_step": self._next_step,
+            "skips": [[step, row, records] for (step, row), records in self._skips.items()],
+            "contexts": self.failures.contexts,
+            "failed": dict(self.failures.counts),
+        }
+
+    def set_state(self, state: dict) -> None:
+        """Goes on where `get_state` was called; a row that was skipped then is skipped again.
+
+        Raises:
+          DataError: the state was saved with other data or settings that decide the batches.
+        """
+        seen = state.get("version"), state.get("data")
+        if seen != (_STATE_VERSION, self._pipeline._fingerprint):
+            raise DataError(
+                f"saved data state has version and data {seen}, expected "
+                f"{(_STATE_VERSION, self._pipeline._fingerprint)}: records, seed, batch sizes or sampling changed"
+            )
+        self.close()
+        self._next_step = state["next_step"]
+        self._skips = {(step, row): records for step, row, records in state["skips"]}
+        self.failures = Failures(contexts=state["contexts"], counts=Counter(state["failed"]))
+
+    def close(self) -> None:
+        """Ends loader threads and processes."""
+        if self._source is not None:
+            self._source.close()
+            self._source = None
+
+    def _open(self) -> Iterator[dict]:
+        pipeline, workers = self._pipeline, self._pipeline._loader.config.workers
+        end = _ENDLESS if pipeline._split == "train" else pipeline.steps_per_epoch
+        steps = grain.MapDataset.range(min(self._next_step, end), end).map(pipeline._loader)
+        if workers:
+            if not flags.FLAGS.is_parsed():  # grain's multiprocessing reads absl flags, also in programs without absl
+                flags.FLAGS.mark_as_parsed()
+            dataset = steps.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+            options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_WORKER_BUFFER)
+            sharing = grain.experimental.DatasetOptions(min_shm_size=_SHARED_MEMORY_FROM)
+            dataset = grain.experimental.WithOptionsIterDataset(dataset, sharing)
+            return iter(dataset.mp_prefetch(options, worker_init_fn=_stay_off_accelerators))
+        threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+        return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
+
+    def _report(self, message: str) -> None:
+        self.failures.counts["video"] += 1
+        self.failures.messages.append(message)
+        if message not in self._warned:
+            self._warned.add(message)
+            total = self.failures.counts.total()
+            logger.warning("%s (%d of %d contexts failed)", message, total, self.failures.contexts)
+
+    def _check_share(self) -> None:
+        failed, contexts = self.failures.counts.total(), self.failures.contexts
+        share = self._pipeline._loader.config.max_failure_share
+        if too_many(failed, contexts, share):
+            last = self.failures.messages[-1] if self.failures.messages else "none in this run"
+            raise DataError(
+                f"{failed} of {contexts} contexts failed, expected at most a share of {share:g} (max_failure_share); "
+                f"the last: {last}"
+            )
+
+
+def _stay_off_accelerators(worker: int, workers: int) -> None:
+    """Runs first in every loader process."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")  # jax has read the variable when it was imported
+
+
+def _files(config: DataConfig, split: Split) -> tuple[Path, str, Path]:
+    """(JSON file, folder of its videos or "" for the JSON's own, tokenizer.json)."""
+    source = config.source if split == "train" else config.heldout
+    if not source:
+        raise DataError(f"DataConfig: {split} split is empty, expected 'clips' or the path of a JSON file")
+    clips = make_clips(config.clips, config.cache_dir) if "clips" in (source, config.tokenizer or "clips") else None
+    tokenizer = Path(config.tokenizer) if config.tokenizer else clips.tokenizer_json
+    if source != "clips":
+        return Path(source), config.video_root, tokenizer
+    return (clips.train_json if split == "train" else clips.heldout_json), str(clips.root), tokenizer
+
+
+def _check(config: DataConfig, process_index: int, process_count: int) -> None:
+    def require(holds: bool, name: str, expected: str) -> None:
+        if not holds:
+            raise DataError(f"DataConfig: {name} is {getattr(config, name)}, expected {expected}")
+
+    require(config.fps > 0, "fps", "more than 0")
+    require(0 < config.min_pixels <= config.max_pixels, "min_pixels", f"1 to max_pixels ({config.max_pixels})")
+    for name in ("max_frames", "questions_per_context", "contexts_per_batch", "max_text_tokens", "max_visual_tokens"):
+        require(getattr(config, name) >= 1, name, "at least 1")
+    require(config.workers >= 0, "workers", "a number of processes, or 0 for threads")
+    require(0 <= config.max_failure_share <= 1, "max_failure_share", "0 to 1")
+    require(all(length >= 1 for length in config.buckets), "buckets", "positive lengths")
+    require(
+        config.contexts_per_batch % process_count == 0,
+        "contexts_per_batch",
+        f"a multiple of the {process_count} processes",
+    )
+    if not 0 <= process_index < process_count:
+        raise DataError(f"process_index is {process_index}, expected 0 to {process_count - 1}")
+
+
+def _check_options(records: tuple[Record, ...], chat: Chat) -> None:
+    for record in records:
+        first = [chat.encode(option)[0] for option in record.options]
+        if len(set(first)) < len(first):
+            raise DataError(
+                f"record {record.id}: options {list(record.options)} share a first token, expected distinct ones"
+            )
+
+
+def _refuse_probing(videos: list[str]) -> list[str]:
+    raise DataError(
+        f"{videos[0]} and {len(videos) - 1} more: their records state no width, height and duration, expected them "
+        "where several processes load (or a `probe` that asks process 0)"
+    )
+
+
+def build_pipeline(
+    config: DataConfig,
+    model: ModelConfig,
+    *,
+    split: Split,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    probe: Probe | None = None,
+) -> Pipeline:
+    """Indexes a split.
+
+    Args:
+      config: where samples come from and how they become arrays.
+      model: token sizes, M-RoPE rule, vocabulary.
+      split: "train" (`config.source`, shuffled, endless) or "heldout" (`config.heldout`, in file order, once).
+      seed: of the training order.
+      process_index: this host.
+      process_count: hosts; each gets contexts_per_batch / process_count consecutive rows of every batch.
+      probe: says what videos hold whose records do not; None reads their headers here. With several processes it must
+        give all of them the same answer.
+
+    Raises:
+      DataError: settings, records or options cannot be used.
+      ChatError: likewise the tokenizer.
+    """
+    _check(config, process_index, process_count)
+    answered = split == "train"
+    path, root, tokenizer = _files(config, split)
+    chat = load_chat(tokenizer)
+    if chat.vocab_size > model.text.vocab_size:
+        raise DataError(
+            f"{tokenizer}: {chat.vocab_size} tokens, expected at most the model's vocab_size {model.text.vocab_size}"
+        )
+    records, malformed = read_records(
+        path, video_root=root, needs_options=not answered, max_failure_share=config.max_failure_share
+    )
+    probe = probe or (probe_videos if process_count == 1 else _refuse_probing)
+    index = build_index(records, chat, config, model, answered=answered, probe=probe)
+    if not answered:
+        _check_options(index.records, chat)
+    rows = config.contexts_per_batch // process_count
+    shapes = tuple(
+        BatchShape(
+            contexts=rows,
+            questions=config.questions_per_context,
+            text_tokens=index.text_tokens,
+            visual_tokens=bucket.visual_tokens,
+            frames=bucket.frames,
+            patches=bucket.patches,
+            patch_dim=model.vision.patch_dim,
+            options=0 if answered else max(len(record.options) for record in index.records),
+        )
+        for bucket in index.buckets
+    )
+    members = [
+        [number for number, context in enumerate(index.contexts) if context.bucket == bucket]
+        for bucket in range(len(index.buckets))
+    ]
+    schedule = Schedule(members, config.contexts_per_batch, seed if answered else None)
+    loader = _Loader(
+        index=index,
+        chat=chat,
+        config=config,
+        model=model,
+        schedule=schedule,
+        shapes=shapes,
+        rows=range(process_index * rows, (process_index + 1) * rows),
+        answered=answered,
+    )
+    decides = split, seed, config.contexts_per_batch, config.fps, config.max_frames, config.ablation, index.buckets
+    batches = [(context.records, context.visual, context.bucket) for context in index.contexts]
+    return Pipeline(
+        records=index.records,
+        shapes=shapes,
+        steps_per_epoch=schedule.steps_per_epoch,
+        dropped={**index.dropped, **({"malformed": malformed} if malformed else {})},
+        vocab_size=chat.vocab_size,
+        chat=chat,
+        _loader=loader,
+        _split=split,
+        _fingerprint=hashlib.sha256(repr((decides, batches)).encode()).hexdigest()[:16],
+    )
