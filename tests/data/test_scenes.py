@@ -224,6 +224,7 @@ def test_distractors_are_of_the_same_kind(heldout):
                 assert {card.word for card in of(clip.scene, Card)} <= set(question.options)
             elif question.family in ("speed", "direction"):
                 assert sum(isinstance(thing, Ball | Box) for thing in things) == 2
+                assert len({thing.colour for thing in things}) == len(things) == 4
 
 
 def test_two_hundred_heldout_questions_a_family(heldout):

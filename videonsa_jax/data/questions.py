@@ -211,8 +211,8 @@ def _flashes(dealer: _Dealer, slots: int) -> tuple[list[Thing], list[Question]]:
     return [*needles, *cards, *edges], questions
 
 
-def _stills(dealer: _Dealer) -> tuple[list[Still], list[int], list[Question]]:
-    """Two shapes side by side or one above the other, the two quadrants they leave, and their questions."""
+def _stills(dealer: _Dealer) -> tuple[list[Still], list[Question], list[tuple[str, int]]]:
+    """Two shapes side by side or one above the other, their questions, two colours and quadrants that they leave."""
     relation = dealer.deal("spatial", RELATIONS)
     if relation in ("left", "right"):
         quadrants = [(0, 1), (2, 3)][dealer.rng.integers(2)]
@@ -220,19 +220,19 @@ def _stills(dealer: _Dealer) -> tuple[list[Still], list[int], list[Question]]:
         quadrants = [(0, 2), (1, 3)][dealer.rng.integers(2)]
     if relation in ("right", "below"):
         quadrants = quadrants[::-1]
-    shapes, colours = dealer.pick(scenes.STILL_SHAPES, 2), dealer.pick(list(scenes.COLOURS), 2)
-    stills = [Still(*look, *dealer.place()) for look in zip(shapes, colours, quadrants, strict=True)]
+    shapes, colours = dealer.pick(scenes.STILL_SHAPES, 2), dealer.pick(list(scenes.COLOURS), 4)
+    stills = [Still(*look, *dealer.place()) for look in zip(shapes, colours[:2], quadrants, strict=True)]
     questions = [
         dealer.question("spatial", _ask("spatial", shape=shapes[0], other=shapes[1]), relation, RELATIONS),
         dealer.question("spatial", _ask("spatial", shape=shapes[1], other=shapes[0]), _OPPOSITE[relation], RELATIONS),
     ]
-    return stills, dealer.pick([q for q in range(4) if q not in quadrants], 2), questions
+    left = dealer.pick([quadrant for quadrant in range(4) if quadrant not in quadrants], 2)
+    return stills, questions, list(zip(colours[2:], left, strict=True))
 
 
 def _balls(dealer: _Dealer, _slots: int) -> tuple[list[Thing], list[Question]]:
-    stills, quadrants, spatial = _stills(dealer)
+    stills, spatial, left = _stills(dealer)
     speeds = dealer.deal("speed", list(product(scenes.SPEEDS, repeat=2)))
-    colours = dealer.pick(list(scenes.COLOURS), 2)
     balls = [
         Ball(
             colour,
@@ -240,22 +240,21 @@ def _balls(dealer: _Dealer, _slots: int) -> tuple[list[Thing], list[Question]]:
             phase=int(dealer.rng.integers(scenes.RING_STEPS)),
             step=scenes.SPEEDS[speed] * int(dealer.rng.choice((-1, 1))),
         )
-        for colour, quadrant, speed in zip(colours, quadrants, speeds, strict=True)
+        for (colour, quadrant), speed in zip(left, speeds, strict=True)
     ]
     questions = [
         dealer.question("speed", _ask("speed", colour=colour), speed, tuple(scenes.SPEEDS))
-        for colour, speed in zip(colours, speeds, strict=True)
+        for (colour, _), speed in zip(left, speeds, strict=True)
     ]
     return [*balls, *stills], questions + spatial
 
 
 def _boxes(dealer: _Dealer, _slots: int) -> tuple[list[Thing], list[Question]]:
-    stills, quadrants, spatial = _stills(dealer)
+    stills, spatial, left = _stills(dealer)
     directions = dealer.deal("direction", list(product(DIRECTIONS, repeat=2)))
-    colours = dealer.pick(list(scenes.COLOURS), 2)
     boxes: list[Box] = []
     questions: list[Question] = []
-    for colour, quadrant, direction in zip(colours, quadrants, directions, strict=True):
+    for (colour, quadrant), direction in zip(left, directions, strict=True):
         end = ("first", "last")[dealer.rng.integers(2)]
         horizontal, vertical = (int(sign) for sign in dealer.rng.choice((-1, 1), 2))
         if direction in ("left", "right"):
