@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Float32
 
-from pallas_kernels.common import EMPTY_LSE
+from pallas_kernels.common import EMPTY_LSE, zero_where
 
 TILE_ELEMENTS = 2**25
 """Elements of the largest array of one chunk (128 MiB in float32)."""
@@ -66,7 +66,8 @@ def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array
 
 def _attend_backward(residuals: Any, cotangents: Any) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, visible, o, lse = residuals
-    do, dlse = cotangents
+    # A query without keys may be padding, its cotangent anything: 0 x NaN would reach the keys.
+    do, dlse = (zero_where(lse == EMPTY_LSE, x) for x in cotangents)
     weights = jnp.exp(jnp.where(visible, scaled_logits(q, k), -jnp.inf) - lse[..., None])
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
     dv = _dot("...cgk,...cgd->...kd", weights.astype(q.dtype), do)

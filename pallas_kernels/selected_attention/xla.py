@@ -78,7 +78,8 @@ def _fetched(
         q_chunk, index, end = chunk
         index = jnp.swapaxes(index, 1, 2)
         key = jnp.where(index < 0, keys, index * block_size)[..., None] + jnp.arange(block_size)
-        visible = key.reshape(*index.shape[:3], 1, 1, -1) < end[:, None, :, None, None, None]
+        key = key.reshape(*index.shape[:3], 1, 1, places * block_size)
+        visible = key < end[:, None, :, None, None, None]
         index = jnp.maximum(index, 0)
         # Every query has keys of its own: a tile holds one token's G heads.
         o, lse = attend(
