@@ -117,7 +117,31 @@ def split_streams(
     )
 
 
-@jax.tree_util.register_dataclass
+def register_pytree[Cls: type](cls: Cls) -> Cls:
+    """Makes a frozen dataclass of arrays a pytree, each field a child under its name.
+
+    As `jax.tree_util.register_dataclass`, but rebuilding skips `__init__`: jax rebuilds with shapes, shardings or None
+    in the place of arrays, which the shape checks of `__init__` (on while tests run) would refuse.
+    """
+    names = tuple(field.name for field in dataclasses.fields(cls))
+
+    def flatten_with_keys(value):
+        return tuple((jax.tree_util.GetAttrKey(name), getattr(value, name)) for name in names), None
+
+    def flatten(value):
+        return tuple(getattr(value, name) for name in names), None
+
+    def unflatten(_, children):
+        value = object.__new__(cls)
+        for name, child in zip(names, children, strict=True):
+            object.__setattr__(value, name, child)
+        return value
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
+
+
+@register_pytree
 @dataclass(frozen=True)
 class Batch:
     """What the model reads: B visual contexts, each with Q text rows. Both streams are right-padded.
@@ -151,7 +175,7 @@ class Batch:
     visible_visual: Int[ArrayLike, "B Q Lt"]
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True)
 class TrainBatch:
     """A `Batch` with what the loss needs.

@@ -38,8 +38,8 @@ class Visibility:
       text_tables: rotary (cos, sin) of the text stream, each `[B, Q, Lt, D/2]`.
     """
 
-    visual_tables: Tables
-    text_tables: Tables
+    visual_tables: tuple[Float[Array, "B Lv half"], Float[Array, "B Lv half"]]
+    text_tables: tuple[Float[Array, "B Q Lt half"], Float[Array, "B Q Lt half"]]
     visual_lengths: Int[Array, "B"]
     text_lengths: Int[Array, "B Q"]
     visible_visual: Int[Array, "B Q Lt"]
@@ -163,7 +163,7 @@ class Attention(nnx.Module):
 
     def output(self, heads: Float[Array, "*L N G D"]) -> Float[Array, "*L hidden"]:
         """Joins the heads and projects them back."""
-        return self.o_proj(heads.reshape(*heads.shape[:-3], -1))
+        return self.o_proj(heads.reshape(*heads.shape[:-3], self.o_proj.in_features))
 
     def attend_visual(
         self,

@@ -14,10 +14,10 @@ from videonsa_jax.models.attention import AttentionKind, AttentionOptions, Imple
 from videonsa_jax.models.decoder import Decoder
 from videonsa_jax.models.layers import RMSNorm, linear
 from videonsa_jax.models.vision import VisionTower
-from videonsa_jax.streams import Batch
+from videonsa_jax.streams import Batch, register_pytree
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True)
 class Output:
     """What the model returns.
@@ -128,9 +128,10 @@ class VideoNSA(nnx.Module):
         if contexts * frames * patches * tokens == 0:
             return jnp.zeros((contexts, tokens, self.config.text.hidden_size), self.dtype)
         merged = self.visual(
-            batch.patches.reshape(contexts * frames, patches, -1), batch.frame_grids.reshape(contexts * frames, 2)
+            batch.patches.reshape(contexts * frames, patches, self.config.vision.patch_dim),
+            batch.frame_grids.reshape(contexts * frames, 2),
         )
-        merged = merged.reshape(contexts, -1, merged.shape[-1])
+        merged = merged.reshape(contexts, frames * merged.shape[1], merged.shape[2])
         return jnp.take_along_axis(merged, batch.visual_source[..., None], axis=1, mode="clip")
 
     def logits(self, hidden: Float[Array, "*L hidden"]) -> Float[Array, "*L V"]:
