@@ -1,0 +1,1 @@
+"""Commands: each is `python -m experiments.<name>`."""

@@ -1,0 +1,119 @@
+"""Experiments on the embedded clips: nothing to download, the videos are rendered on first use."""
+
+import dataclasses
+
+from experiments.configs.registry import register
+from videonsa_jax.configs import ModelConfig, NSAConfig, TextConfig, VisionConfig, tiny
+from videonsa_jax.data.config import ClipsConfig, DataConfig
+from videonsa_jax.training.config import Experiment, OptimizerConfig, TrainConfig
+
+
+@register
+def nsa_video() -> Experiment:
+    """A tiny model with sparse attention on 4 and 8 second clips; runs on a laptop's CPU.
+
+    Command: python -m experiments.train --config=nsa_video  (`make train`)
+    Hardware: a CPU is enough; whatever accelerator jax finds is used.
+    Time and expected accuracy: see README.
+    """
+    return Experiment(
+        model=tiny(),
+        data=DataConfig(),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-3, warmup_ratio=0.05, warmup_start=0.01, beta2=0.99, weight_decay=0.05
+        ),
+        train=TrainConfig(steps=1000, log_every=10, eval_every=0, save_every=200),
+    )
+
+
+@register
+def dense_video() -> Experiment:
+    """`nsa_video` with dense attention: the same weights, one question a video (dense attention knows no more).
+
+    Command: python -m experiments.train --config=dense_video
+    Hardware: a CPU is enough.
+    Time and expected accuracy: see README.
+    """
+    base = nsa_video()
+    return dataclasses.replace(
+        base,
+        data=dataclasses.replace(base.data, questions_per_context=1),
+        train=dataclasses.replace(base.train, attention="dense"),
+    )
+
+
+def _small_model() -> ModelConfig:
+    # The 7B model's attention geometry (7 query heads of 128 to a KV head, blocks of 64), a hundredth of its width.
+    return ModelConfig(
+        vision=VisionConfig(
+            depth=4,
+            hidden_size=256,
+            intermediate_size=704,
+            num_heads=4,
+            out_hidden_size=512,
+            fullatt_block_indexes=(1, 3),
+        ),
+        text=TextConfig(
+            vocab_size=1024,
+            hidden_size=512,
+            intermediate_size=1408,
+            num_hidden_layers=7,
+            num_attention_heads=7,
+            num_key_value_heads=1,
+            head_dim=128,
+            rope_theta=10_000.0,
+            tie_word_embeddings=True,
+        ),
+        nsa=NSAConfig(block_size=64, block_count=12, window_size=256),
+    )
+
+
+@register
+def nsa_video_small() -> Experiment:
+    """A 30 M parameter model with the 7B model's attention geometry, on 16 to 24 second clips (2 to 3 K visual tokens).
+
+    Command: python -m experiments.train --config=nsa_video_small
+    Hardware: one GPU or TPU chip; bfloat16 activations.
+    Time and expected accuracy: see README.
+    """
+    return Experiment(
+        model=_small_model(),
+        data=DataConfig(
+            clips=ClipsConfig(frame_side=224, seconds=(16, 20, 24)),
+            max_pixels=50_176,
+            contexts_per_batch=8,
+            questions_per_context=4,
+        ),
+        optimizer=OptimizerConfig(
+            learning_rate=5e-4, warmup_ratio=0.05, warmup_start=0.01, beta2=0.99, weight_decay=0.05
+        ),
+        train=TrainConfig(steps=3000, dtype="bfloat16", log_every=20, eval_every=1000, eval_contexts=200),
+    )
+
+
+@register
+def dense_video_small() -> Experiment:
+    """`nsa_video_small` with dense attention: the same weights, one question a video.
+
+    Command: python -m experiments.train --config=dense_video_small
+    Hardware: one GPU or TPU chip.
+    Time and expected accuracy: see README.
+    """
+    base = nsa_video_small()
+    return dataclasses.replace(
+        base,
+        data=dataclasses.replace(base.data, questions_per_context=1),
+        train=dataclasses.replace(base.train, attention="dense"),
+    )
+
+
+@register
+def text_only_small() -> Experiment:
+    """`nsa_video_small` without the video: what the questions alone give away.
+
+    Command: python -m experiments.train --config=text_only_small
+    Hardware: one GPU or TPU chip.
+    Time and expected accuracy: see README; chance, if the clips leak nothing through their questions.
+    """
+    base = nsa_video_small()
+    return dataclasses.replace(base, data=dataclasses.replace(base.data, ablation="text_only"))

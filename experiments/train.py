@@ -1,0 +1,78 @@
+"""Trains a named experiment.
+
+    python -m experiments.train --config=nsa_video
+    python -m experiments.train --config=nsa_video --set train.steps=100 --set optimizer.learning_rate=1e-3
+    python -m experiments.train --config=help
+
+The same command run again goes on from the last checkpoint. Exit status: 0 the last step is done and reported, 1 an
+unexpected error, 2 something in the command, the config or the files that you can mend (one sentence says what), 3 a
+loss or gradient that is not finite (the state before it is saved), 75 stopped by SIGTERM or Ctrl-C with the state saved
+(`--preempt-exit-code` changes it): let the scheduler start the command again on 75 only.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from experiments import configs
+from experiments.overrides import apply_overrides
+from videonsa_jax.training.config import Experiment
+from videonsa_jax.training.errors import UsageError, usage_errors
+from videonsa_jax.training.loop import EXIT_DONE, EXIT_PREEMPTED, train
+
+EXIT_USAGE = 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="NAME", help='a registered name, or "help" to list them')
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", help="change one field of the config; repeatable"
+    )
+    parser.add_argument("--workdir", type=Path, metavar="DIR", help="folder of the run; default runs/NAME")
+    parser.add_argument(
+        "--preempt-exit-code", type=int, default=EXIT_PREEMPTED, metavar="N", help="status after a signal; default 75"
+    )
+    parser.add_argument(
+        "--multihost",
+        action="store_true",
+        help="join the other hosts first (jax.distributed: Slurm, Open MPI, Cloud TPU and Kubernetes are recognised)",
+    )
+    return parser
+
+
+def _experiment(name: str, overrides: Sequence[str]) -> Experiment:
+    experiment = apply_overrides(configs.get(name), overrides)
+    missing = configs.missing_fields(experiment)
+    if missing:
+        settings = " ".join(f"--set {path}=..." for path in missing)
+        raise ValueError(f"config {name} needs {', '.join(missing)}: add {settings}")
+    return experiment
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    options = _parser().parse_args(arguments)
+    if options.config == "help":
+        for name in configs.names():
+            print(f"{name:20} {configs.summary(name)}")
+        return EXIT_DONE
+    try:
+        with usage_errors():
+            experiment = _experiment(options.config, options.set)
+        if options.multihost:
+            jax.distributed.initialize()
+        workdir = options.workdir or Path("runs") / options.config
+        return train(experiment, workdir, preempt_exit_code=options.preempt_exit_code)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+import jax
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+from training_fakes import random_batch
+
+from videonsa_jax.training.config import MeshConfig
+from videonsa_jax.training.mesh import check_batch_size, make_mesh, place_batch, state_shardings
+
+ONE = jax.devices()[:1]
+
+
+def test_a_laptop_gets_a_mesh_of_one() -> None:
+    assert dict(make_mesh(MeshConfig(), ONE).shape) == {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(data=3), r"mesh data 3 x fsdp 1 x context 1 x tensor 1 does not fit 1 device"),
+        (MeshConfig(fsdp=2), r"mesh data -1 x fsdp 2 .* does not fit 1 device"),
+        (MeshConfig(fsdp=-1), r"mesh.data and mesh.fsdp are both -1"),
+        (MeshConfig(fsdp=0), r"mesh.fsdp is 0, expected a positive number of devices or -1"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_says_so(config: MeshConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_mesh(config, ONE)
+
+
+@pytest.mark.parametrize("axis", ["context", "tensor"])
+def test_axes_that_are_not_sharded_yet_are_refused(axis: str) -> None:
+    with pytest.raises(ValueError, match=f"mesh.{axis} is 2, but only data and fsdp may exceed 1"):
+        make_mesh(MeshConfig(data=1, **{axis: 2}), ONE * 2)
+
+
+def test_contexts_must_divide_over_the_mesh() -> None:
+    mesh = AbstractMesh((2, 4, 1, 1), ("data", "fsdp", "context", "tensor"))
+    check_batch_size(16, mesh)
+    with pytest.raises(ValueError, match=r"contexts_per_batch is 12, expected a multiple of mesh data x fsdp = 8"):
+        check_batch_size(12, mesh)
+
+
+def test_fsdp_splits_the_largest_axis_that_divides() -> None:
+    mesh = AbstractMesh((1, 8, 1, 1), ("data", "fsdp", "context", "tensor"))
+    shapes = {
+        "layers": {"kernel": (6, 512, 1408), "bias": (6, 1408 * 8)},
+        "odd": {"kernel": (999, 1024)},
+        "small": {"kernel": (16, 16)},
+        "indivisible": {"kernel": (1001, 1001)},
+        "step": (),
+    }
+    state = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, "float32"), shapes, is_leaf=lambda leaf: isinstance(leaf, tuple)
+    )
+    specs = jax.tree.map(lambda sharding: sharding.spec, state_shardings({"mu": state, "params": state}, mesh))
+    assert specs["mu"] == specs["params"]
+    assert specs["params"] == {
+        "layers": {"kernel": PartitionSpec(None, None, "fsdp"), "bias": PartitionSpec()},
+        "odd": {"kernel": PartitionSpec(None, "fsdp")},
+        "small": {"kernel": PartitionSpec()},
+        "indivisible": {"kernel": PartitionSpec()},
+        "step": PartitionSpec(),
+    }
+
+
+def test_batches_are_split_along_their_contexts() -> None:
+    placed = place_batch(random_batch(0), make_mesh(MeshConfig(), ONE))
+    assert placed.inputs.visual_positions.sharding.spec == PartitionSpec(None, ("data", "fsdp"))
+    assert placed.inputs.text_positions.sharding.spec == PartitionSpec(None, ("data", "fsdp"))
+    assert placed.inputs.patches.sharding.spec == PartitionSpec(("data", "fsdp"))
+    assert placed.loss_weights.sharding.spec == PartitionSpec(("data", "fsdp"))

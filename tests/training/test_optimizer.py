@@ -1,0 +1,55 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from training_fakes import tiny_experiment
+
+from videonsa_jax.training.config import OptimizerConfig
+from videonsa_jax.training.mesh import path_name
+from videonsa_jax.training.optimizer import decay_mask, learning_rate, make_optimizer
+from videonsa_jax.training.step import init_state
+
+
+def test_the_schedule_has_the_papers_shape() -> None:
+    schedule = learning_rate(OptimizerConfig(), steps=1000)
+    assert float(schedule(0)) == pytest.approx(1e-6 * 1e-5)
+    assert float(schedule(50)) == pytest.approx(0.5e-6, rel=1e-4)  # half-way through a linear warm-up
+    assert float(schedule(100)) == pytest.approx(1e-6)
+    assert float(schedule(550)) == pytest.approx(0.5e-6)  # half-way down a cosine
+    assert float(schedule(1000)) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_schedule_without_warm_up_starts_at_the_peak_and_ends_at_its_share() -> None:
+    schedule = learning_rate(OptimizerConfig(learning_rate=1.0, warmup_ratio=0.0, final_ratio=0.1), steps=10)
+    assert float(schedule(0)) == 1.0
+    assert float(schedule(10)) == pytest.approx(0.1)
+
+
+def test_weight_decay_spares_norms_and_biases() -> None:
+    experiment = tiny_experiment()
+    params = jax.eval_shape(lambda: init_state(experiment.model, experiment.train, 0, optax.identity())).params
+    decayed = {path_name(path): value for path, value in jax.tree_util.tree_leaves_with_path(decay_mask(params))}
+    assert {path.rsplit("/")[-1]: value for path, value in decayed.items()} == {
+        "kernel": True,
+        "embedding": True,
+        "scale": False,
+        "bias": False,
+    }
+    # Stacked over layers, a bias has two axes and a norm's scale too.
+    assert not decayed["decoder/layers/self_attn/q_proj/bias"]
+    assert not decayed["decoder/layers/input_layernorm/scale"]
+
+
+def test_decay_and_clipping_reach_the_update() -> None:
+    config = OptimizerConfig(learning_rate=1.0, warmup_ratio=0.0, weight_decay=0.5, max_grad_norm=1.0, beta1=0.0)
+    params = {"kernel": jnp.full((2, 2), 4.0), "bias": jnp.full(2, 4.0)}
+    optimizer = make_optimizer(config, steps=10)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.5 * 4.0)
+    np.testing.assert_array_equal(updates["bias"], 0.0)
+    # Clipping: AdamW's second moment sees the clipped gradient, whose norm is 1.
+    grads = jax.tree.map(lambda value: 1000 * jnp.ones_like(value), params)
+    _, (_, (adam, *_)) = optimizer.update(grads, optimizer.init(params), params)
+    clipped = jnp.sqrt(adam.nu["kernel"][0, 0] / (1 - config.beta2))
+    np.testing.assert_allclose(clipped, 1 / np.sqrt(6), rtol=1e-4)

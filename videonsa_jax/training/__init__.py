@@ -1,0 +1,1 @@
+"""Training: mesh, optimiser, step, loop, checkpoints, metrics, report."""

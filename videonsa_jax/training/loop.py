@@ -1,0 +1,333 @@
+"""The training run, from top to bottom."""
+
+import contextlib
+import functools
+import json
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from videonsa_jax.data.pipeline import DataIterator, build_pipeline
+from videonsa_jax.data.sources import DataError
+from videonsa_jax.streams import TrainBatch
+from videonsa_jax.training import checkpoints
+from videonsa_jax.training.config import Experiment
+from videonsa_jax.training.errors import UsageError, usage_errors
+from videonsa_jax.training.heldout import evaluate
+from videonsa_jax.training.mesh import check_batch_size, make_mesh, place_batch, state_shardings
+from videonsa_jax.training.metrics import (
+    METRICS_FILE,
+    MetricsWriter,
+    Progress,
+    StepClock,
+    keep_metrics_until,
+    read_metrics,
+)
+from videonsa_jax.training.optimizer import learning_rate, make_optimizer
+from videonsa_jax.training.preemption import stop_requests
+from videonsa_jax.training.report import REPORT_FILE, accuracies, environment, write_report
+from videonsa_jax.training.step import (
+    Rows,
+    Sums,
+    accumulate,
+    apply_gradients,
+    choose_options,
+    init_state,
+    make_forward,
+)
+
+EXIT_DONE = 0
+EXIT_NOT_FINITE = 3
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
+
+
+class TimedJit:
+    """A jitted function that keeps the time of compiling apart.
+
+    Attributes:
+      seconds: spent in calls that met new shapes; a call returns before the devices are done, so this is compilation.
+    """
+
+    def __init__(self, function: Callable, **options: Any):
+        self._jitted = jax.jit(function, **options)
+        self._seen: set[Any] = set()
+        self.seconds = 0.0
+
+    def __call__(self, *args: Any) -> Any:
+        """Calls the function with arrays that are on the devices already."""
+        leaves, structure = jax.tree.flatten(args)
+        key = (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        if key in self._seen:
+            # Whatever enters a step was put on the devices beforehand; a hidden copy here would stall every step.
+            with jax.transfer_guard_host_to_device("disallow"):
+                return self._jitted(*args)
+        start = time.perf_counter()
+        result = self._jitted(*args)
+        self.seconds += time.perf_counter() - start
+        self._seen.add(key)
+        return result
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """The batches of one optimiser step, on the devices, and the data iterator's state after them."""
+
+    batches: list[TrainBatch]
+    iterator_state: dict[str, Any]
+
+
+def fetch_step(iterator: DataIterator, accumulation: int, mesh: Mesh) -> StepInput:
+    """Reads and places one optimiser step's batches."""
+    batches = [place_batch(next(iterator), mesh) for _ in range(accumulation)]
+    return StepInput(batches, iterator.get_state())
+
+
+def gather_json(value: Any) -> list[Any]:
+    """The JSON value of every process, in order; a collective."""
+    if jax.process_count() == 1:
+        return [value]
+    encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    longest = int(multihost_utils.process_allgather(np.array(len(encoded))).max())
+    padded = np.pad(encoded, (0, longest - len(encoded)), constant_values=ord(" "))
+    return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
+
+
+def own_iterator_state(saved: list[dict[str, Any]]) -> dict[str, Any]:
+    """This process' data iterator state, whatever number of processes saved theirs: any may own a skipped row now."""
+    own = saved[min(jax.process_index(), len(saved) - 1)]
+    return own | {"skips": [skip for state in saved for skip in state["skips"]]}
+
+
+def bad_sample_ids(rows: list[Rows]) -> list[int]:
+    """The samples whose own loss is not finite; all of the step's if only the gradient is not."""
+    ids = np.concatenate([np.ravel(batch.sample_ids) for batch in rows])
+    finite = np.concatenate([np.ravel(batch.finite) for batch in rows])
+    bad = ids if finite.all() else ids[~finite]
+    return sorted(set(bad[bad >= 0].tolist()))
+
+
+def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXIT_PREEMPTED) -> int:
+    """Trains, evaluates and reports; started again in the same folder, it goes on where it was.
+
+    Args:
+      experiment: what to do.
+      workdir: folder of the run: checkpoints, `metrics.jsonl`, `report.json`, `report.png`.
+      preempt_exit_code: status after SIGTERM or Ctrl-C, once the state is saved.
+
+    Returns:
+      The process' exit status: 0 when the last step is done and reported, 3 after a loss or gradient that is not
+      finite (the state before that step is saved), else `preempt_exit_code`.
+
+    Raises:
+      UsageError: the experiment cannot run as it is told.
+      SystemExit: SIGTERM or Ctrl-C while there was nothing to save; its status is `preempt_exit_code`.
+    """
+    config, seed = experiment.train, experiment.seed
+    first_process = jax.process_index() == 0
+    with stop_requests(preempt_exit_code) as stop, contextlib.ExitStack() as resources:
+        # 1. Checks, and what an earlier start left. Nothing slow comes before them.
+        with usage_errors():
+            if experiment.pretrained:
+                raise NotImplementedError(
+                    f"pretrained is {experiment.pretrained!r}, but loading pretrained weights is not implemented yet"
+                )
+            mesh = make_mesh(experiment.mesh)
+            check_batch_size(experiment.data.contexts_per_batch, mesh)
+            workdir.mkdir(parents=True, exist_ok=True)
+            manager = checkpoints.open_checkpoints(workdir, config.keep)
+            resources.callback(manager.close)
+            saved_step = manager.latest_step()
+            if saved_step is not None:
+                checkpoints.check_same_config(manager, saved_step, experiment)
+        step = saved_step or 0
+        progress = Progress(config.steps, step, enabled=first_process)
+        resources.callback(progress.close)
+        if step == config.steps and (workdir / REPORT_FILE).exists():
+            progress.say(f"{workdir / REPORT_FILE} is complete; nothing to do")
+            return EXIT_DONE
+
+        # 2. Data.
+        start = time.perf_counter()
+        with usage_errors():
+            pipelines = {
+                split: build_pipeline(
+                    experiment.data,
+                    experiment.model,
+                    split=split,
+                    seed=seed,
+                    process_index=jax.process_index(),
+                    process_count=jax.process_count(),
+                )
+                for split in ("train", "heldout")
+                if split == "train" or experiment.data.heldout
+            }
+        spent = {
+            "data_seconds": time.perf_counter() - start,
+            "compile_seconds": 0.0,
+            "train_seconds": 0.0,
+            "evaluation_seconds": 0.0,
+            "visual_tokens": 0,
+            "text_tokens": 0,
+        }
+        iterator = pipelines["train"].iterator()
+        resources.callback(iterator.close)
+
+        # 3. State: shapes, then shardings, then arrays that are made (or loaded) where they belong.
+        schedule = learning_rate(experiment.optimizer, config.steps)
+        optimizer = make_optimizer(experiment.optimizer, config.steps)
+        init = functools.partial(init_state, experiment.model, config, seed, optimizer)
+        shapes = jax.eval_shape(init)
+        shardings = state_shardings(shapes, mesh)
+        if saved_step is None:
+            start = time.perf_counter()
+            state = jax.jit(init, out_shardings=shardings)()
+            spent["compile_seconds"] += time.perf_counter() - start
+        else:
+            state, saved = checkpoints.restore(manager, saved_step, shapes, shardings)
+            with usage_errors():
+                iterator.set_state(own_iterator_state(saved["iterators"]))
+            spent = {name: value + saved["spent"][name] for name, value in spent.items()}
+        iterator_state = iterator.get_state()
+
+        # 4. The functions of a step. Each batch shape compiles once, when it is first met.
+        forward = make_forward(experiment.model, config, mesh)
+        replicated = NamedSharding(mesh, PartitionSpec())
+        scalars = dict.fromkeys(("loss", "answer_tokens", "correct", "visual_tokens", "text_tokens"), replicated)
+        add_batch = TimedJit(
+            functools.partial(accumulate, forward),
+            donate_argnums=1,
+            out_shardings=(Sums(grads=shardings.params, **scalars), replicated),
+        )
+        update = TimedJit(
+            functools.partial(apply_gradients, optimizer, schedule),
+            donate_argnums=0,
+            out_shardings=(shardings, replicated),
+        )
+        choose = TimedJit(functools.partial(choose_options, forward), out_shardings=replicated)
+
+        def compile_seconds() -> float:
+            return add_batch.seconds + update.seconds + choose.seconds
+
+        def save() -> None:
+            total = spent | {"compile_seconds": spent["compile_seconds"] + compile_seconds()}
+            saved = {"iterators": gather_json(iterator_state), "spent": total}
+            checkpoints.save(manager, step, state, saved, experiment)
+
+        def evaluate_now() -> dict[str, Any] | None:
+            if "heldout" not in pipelines:
+                return None
+            batches = pipelines["heldout"].steps_per_epoch
+            if config.eval_contexts:
+                batches = min(batches, math.ceil(config.eval_contexts / experiment.data.contexts_per_batch))
+            start, compiled_before = time.perf_counter(), choose.seconds
+            right = evaluate(choose, state.params, pipelines["heldout"], mesh, batches=batches, stopped=stop.agreed)
+            spent["evaluation_seconds"] += time.perf_counter() - start - (choose.seconds - compiled_before)
+            if not right or stop.agreed():
+                return None
+            result = accuracies(right, pipelines["heldout"].records)
+            by_family = {f"accuracy/{name}": row["accuracy"] for name, row in result["families"].items()}
+            overall = result["overall"]
+            writer.write("eval", step, {"accuracy": overall["accuracy"], "n": overall["n"], **by_family})
+            progress.say(
+                f"step {step}: held-out accuracy {overall['accuracy']:.3f} (n={overall['n']}, "
+                f"chance {overall['chance']:.3f})"
+            )
+            return result
+
+        # 5. The loop.
+        if first_process:
+            keep_metrics_until(workdir / METRICS_FILE, step)
+        with usage_errors():
+            writer = MetricsWriter(workdir, tensorboard=config.tensorboard, enabled=first_process)
+        resources.callback(writer.close)
+        progress.say(
+            f"{experiment.name}: {sum(leaf.size for leaf in jax.tree.leaves(shapes.params)) / 1e6:.1f} M parameters, "
+            f"{len(pipelines['train'].records)} questions, {mesh.size} x {jax.devices()[0].device_kind}, "
+            f"steps {step} to {config.steps}"
+        )
+        reader = resources.enter_context(ThreadPoolExecutor(1, thread_name_prefix="batches"))
+        read = functools.partial(reader.submit, fetch_step, iterator, config.accumulation, mesh)
+        clock = StepClock()
+        stop.deferred = True
+        reading = read() if step < config.steps else None
+        while step < config.steps:
+            start, compiled_before = time.perf_counter(), compile_seconds()
+            try:
+                fetched = reading.result()
+            except DataError as error:
+                save()
+                raise UsageError(f"{error} (stopped after step {step}, saved)") from error
+            waiting = time.perf_counter() - start
+            reading = read() if step + 1 < config.steps else None  # one step ahead, while the devices work
+
+            sums, rows = None, []
+            for batch in fetched.batches:
+                sums, batch_rows = add_batch(state.params, sums, batch)
+                rows.append(batch_rows)
+            state, metrics = update(state, sums)
+            metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
+
+            if not metrics["finite"]:
+                save()  # `state` and `iterator_state` are still those before this step
+                manager.wait_until_finished()
+                progress.say(
+                    f"step {step + 1}: loss {metrics['loss']} and gradient norm {metrics['grad_norm']} are not finite; "
+                    f"samples {bad_sample_ids(rows)}; saved the state after step {step}"
+                )
+                return EXIT_NOT_FINITE
+            step, iterator_state = step + 1, fetched.iterator_state
+
+            seconds = time.perf_counter() - start - (compile_seconds() - compiled_before)
+            tokens = {name: metrics[name] for name in ("visual_tokens", "text_tokens")}
+            clock.add(seconds=seconds, waiting=waiting, **tokens)
+            for name, value in {"train_seconds": seconds, **tokens}.items():
+                spent[name] += value
+            progress.step()
+            if step % config.log_every == 0 or step in (1, config.steps):
+                line = metrics | clock.read_and_reset()
+                writer.write("train", step, line)
+                progress.show(step, line)
+            if config.save_every and step % config.save_every == 0:
+                save()
+            if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+                evaluate_now()
+            if stop.agreed():
+                save()
+                manager.wait_until_finished()
+                progress.say(f"stopped by a signal after step {step}, saved; the same command goes on from here")
+                return preempt_exit_code
+
+        # 6. The end. With the last step saved, a signal has nothing left to spoil.
+        save()
+        manager.wait_until_finished()
+        stop.deferred = False
+        if stop.agreed():
+            return preempt_exit_code
+        accuracy = evaluate_now()
+        if first_process:
+            spent["compile_seconds"] += compile_seconds()
+            summary = {
+                "name": experiment.name,
+                "steps": step,
+                "accuracy": accuracy,
+                "spent": spent,
+                "data": {
+                    "dropped": {split: pipeline.dropped for split, pipeline in pipelines.items()},
+                    "contexts": iterator.failures.contexts,
+                    "failed": dict(iterator.failures.counts),
+                },
+                "config": checkpoints.config_dict(experiment),
+                **environment(),
+            }
+            write_report(workdir, summary, read_metrics(workdir / METRICS_FILE))
+            progress.say(f"done: {workdir / REPORT_FILE}")
+        return EXIT_DONE

@@ -1,0 +1,156 @@
+"""What a run says while it runs: JSON lines always, TensorBoard files on request, a progress bar or plain lines."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def keep_metrics_until(path: Path, step: int) -> None:
+    """Drops the lines past a step: those that an interrupted run wrote after its last checkpoint."""
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    os.replace(temporary, path)
+
+
+class MetricsWriter:
+    """Writes a run's metrics to `metrics.jsonl`, and to TensorBoard if asked."""
+
+    def __init__(self, workdir: Path, *, tensorboard: bool, enabled: bool = True):
+        """Opens the files.
+
+        Args:
+          workdir: folder of the run.
+          tensorboard: write TensorBoard files too.
+          enabled: False on all processes but the first, which write nothing.
+
+        Raises:
+          ValueError: TensorBoard is wanted and tensorboardX is not installed.
+        """
+        self._jsonl = self._board = None
+        if not enabled:
+            return
+        if tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError as error:
+                raise ValueError(
+                    'train.tensorboard needs tensorboardX, which is not installed: pip install "videonsa-jax[eval]"'
+                ) from error
+            self._board = SummaryWriter(str(workdir / "tensorboard"))
+        self._jsonl = (workdir / METRICS_FILE).open("a")
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Appends one line; values that JSON has no number for (nan, inf) are written as strings."""
+        if self._jsonl is None:
+            return
+        numbers = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+        self._jsonl.write(json.dumps({"kind": kind, "step": step, **numbers}) + "\n")
+        self._jsonl.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+            self._board.flush()
+
+    def close(self) -> None:
+        """Closes the files."""
+        if self._jsonl is not None:
+            self._jsonl.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class StepClock:
+    """Time and tokens since the last metric line: step time, tokens a second, share of time waiting for input."""
+
+    def __init__(self) -> None:
+        self._steps = self._visual = self._text = 0
+        self._seconds = self._waiting = 0.0
+
+    def add(self, *, seconds: float, waiting: float, visual_tokens: int, text_tokens: int) -> None:
+        """Counts one step; `waiting` is the part of its `seconds` spent waiting for input."""
+        self._steps += 1
+        self._seconds += seconds
+        self._waiting += waiting
+        self._visual += visual_tokens
+        self._text += text_tokens
+
+    def read_and_reset(self) -> dict[str, float]:
+        """The figures since the last call, and starts anew."""
+        seconds = max(self._seconds, 1e-9)
+        rates = {
+            "step_seconds": self._seconds / max(self._steps, 1),
+            "wait_share": self._waiting / seconds,
+            "visual_tokens_per_second": self._visual / seconds,
+            "text_tokens_per_second": self._text / seconds,
+        }
+        self.__init__()
+        return rates
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+class Progress:
+    """A bar on a terminal, a line per metric line in a log; silent on all processes but the first."""
+
+    def __init__(self, total: int, done: int, *, enabled: bool = True, stream: TextIO | None = None):
+        """Shows a run of `total` steps of which `done` are done; `stream` defaults to stderr."""
+        self._stream = sys.stderr if stream is None else stream
+        self._enabled, self._total = enabled, total
+        self._start, self._first = time.perf_counter(), done
+        on_terminal = enabled and self._stream.isatty()
+        self._bar = (
+            tqdm(total=total, initial=done, unit="step", file=self._stream, dynamic_ncols=True) if on_terminal else None
+        )
+
+    def say(self, line: str) -> None:
+        """Prints a line without breaking the bar."""
+        if self._bar is not None:
+            self._bar.write(line, file=self._stream)
+        elif self._enabled:
+            print(line, file=self._stream, flush=True)
+
+    def step(self) -> None:
+        """Moves the bar by one step."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows a metric line's values."""
+        rate = f"{values['visual_tokens_per_second']:,.0f}+{values['text_tokens_per_second']:,.0f} tok/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate}, wait {values['wait_share']:.0%}")
+            return
+        elapsed = time.perf_counter() - self._start
+        remaining = elapsed / max(step - self._first, 1) * (self._total - step)
+        self.say(
+            f"step {step}/{self._total}  loss {values['loss']:.4f}  grad norm {values['grad_norm']:.3f}  "
+            f"lr {values['learning_rate']:.2e}  {values['step_seconds']:.3f} s/step  {rate} (visual+text)  "
+            f"waiting {values['wait_share']:.0%}  ETA {_duration(remaining)}"
+        )
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()

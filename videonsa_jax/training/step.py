@@ -1,0 +1,197 @@
+"""One optimiser step and one evaluation step, as pure functions of pytrees.
+
+An optimiser step is `accumulate`, once per batch, then `apply_gradients`. Sums are kept until every batch of every host
+has been counted and are divided once, so that accumulation equals one large batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from videonsa_jax.configs import ModelConfig
+from videonsa_jax.data.examples import EvalBatch
+from videonsa_jax.models import VideoNSA
+from videonsa_jax.streams import Batch, TrainBatch
+from videonsa_jax.training.config import TrainConfig
+
+type Params = dict[str, Any]
+type Leaf = Any  # an array, its shape or its sharding: these trees are mapped to all three
+type Forward = Callable[..., Float[Array, "B Q *Lt V"]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """What a checkpoint holds.
+
+    Attributes:
+      step: optimiser steps done, int32 scalar.
+      params: the model's parameters by path, float32.
+      opt_state: optax state.
+    """
+
+    step: Leaf
+    params: Params
+    opt_state: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sums:
+    """Sums over the batches of an optimiser step, over all hosts; scalars but for `grads`.
+
+    Attributes:
+      grads: gradient of `loss`.
+      loss: cross-entropies of the answer tokens.
+      answer_tokens: how many there are.
+      correct: how many of them have the largest logit.
+      visual_tokens: valid tokens of the visual streams.
+      text_tokens: valid tokens of the text streams.
+    """
+
+    grads: Params
+    loss: Leaf
+    answer_tokens: Leaf
+    correct: Leaf
+    visual_tokens: Leaf
+    text_tokens: Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rows:
+    """Text rows of a batch, for naming those at fault.
+
+    Attributes:
+      sample_ids: as in `TrainBatch`.
+      finite: whether the row's loss is.
+    """
+
+    sample_ids: Int[Array, "B Q"]
+    finite: Bool[Array, "B Q"]
+
+
+def make_model(model: ModelConfig, train: TrainConfig, seed: int) -> VideoNSA:
+    """A model with random float32 parameters, computing in `train.dtype`."""
+    dtype = jnp.dtype(train.dtype)
+    return VideoNSA(model, rngs=nnx.Rngs(seed), dtype=dtype, param_dtype=jnp.float32, remat=train.remat)
+
+
+def init_state(
+    model: ModelConfig, train: TrainConfig, seed: int, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """The state before the first step; run it under `jax.jit` with the state's shardings."""
+    params = nnx.to_pure_dict(nnx.state(make_model(model, train, seed), nnx.Param))
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+
+
+def make_forward(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> Forward:
+    """The function (params, batch, positions=None) -> float32 logits, of every text position or of one per row."""
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: make_model(model, train, 0)), nnx.Param)
+    implementation = None if train.kernel == "auto" else train.kernel
+
+    def forward(params: Params, batch: Batch, positions: Int[Array, "B Q"] | None = None) -> Float[Array, "B Q *Lt V"]:
+        network = nnx.merge(graphdef, params)
+        hidden, _ = network.text_hidden(batch, train.attention, implementation, mesh)
+        if positions is not None:
+            hidden = jnp.take_along_axis(hidden, positions[:, :, None, None], axis=2)[:, :, 0]
+        return network.logits(hidden)
+
+    return forward
+
+
+def _loss(forward: Forward, params: Params, batch: TrainBatch) -> tuple[Float[Array, ""], tuple]:
+    logits = forward(params, batch.inputs)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets) * batch.loss_weights
+    correct = jnp.sum((jnp.argmax(logits, axis=-1) == batch.targets) * batch.loss_weights)
+    return jnp.sum(losses), (correct, jnp.all(jnp.isfinite(losses), axis=-1))
+
+
+def accumulate(forward: Forward, params: Params, sums: Sums | None, batch: TrainBatch) -> tuple[Sums, Rows]:
+    """Adds a batch's loss and gradient to an optimiser step's sums.
+
+    Args:
+      forward: from `make_forward`.
+      params: the model's parameters.
+      sums: of the batches before; None for the first.
+      batch: of any shape; batches of one step may differ in theirs.
+
+    Returns:
+      The sums with this batch, and its rows.
+    """
+    (loss, (correct, finite)), grads = jax.value_and_grad(lambda params: _loss(forward, params, batch), has_aux=True)(
+        params
+    )
+    own = Sums(
+        grads=grads,
+        loss=loss,
+        answer_tokens=jnp.sum(batch.loss_weights),
+        correct=correct,
+        visual_tokens=jnp.sum(batch.inputs.visual_lengths),
+        text_tokens=jnp.sum(batch.inputs.text_lengths),
+    )
+    total = own if sums is None else jax.tree.map(jnp.add, sums, own)
+    return total, Rows(sample_ids=batch.sample_ids, finite=finite)
+
+
+def apply_gradients(
+    optimizer: optax.GradientTransformation, schedule: optax.Schedule, state: TrainState, sums: Sums
+) -> tuple[TrainState, dict[str, Array]]:
+    """One optimiser update; where the loss or the gradient is not finite, the state stays as it was.
+
+    Args:
+      optimizer: from `make_optimizer`.
+      schedule: from `learning_rate`; reported only.
+      state: before the step.
+      sums: over the step's batches.
+
+    Returns:
+      The state after the step, and its metrics: loss (per answer token), grad_norm (before clipping), learning_rate,
+      answer_tokens, token_accuracy, visual_tokens, text_tokens, and finite.
+    """
+    # A step whose every row was replaced has no answer token: its gradient is 0, not 0 / 0.
+    count = jnp.maximum(sums.answer_tokens, 1)
+    grads = jax.tree.map(lambda grad: grad / count, sums.grads)
+    loss, grad_norm = sums.loss / count, optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updated = TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    metrics = {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "learning_rate": schedule(state.step),
+        "answer_tokens": sums.answer_tokens,
+        "token_accuracy": sums.correct / count,
+        "visual_tokens": sums.visual_tokens,
+        "text_tokens": sums.text_tokens,
+        "finite": finite,
+    }
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state), metrics
+
+
+def choose_options(forward: Forward, params: Params, batch: EvalBatch) -> dict[str, Int[Array, "B Q"]]:
+    """The option whose first token has the largest logit where the answer begins.
+
+    Args:
+      forward: from `make_forward`.
+      params: the model's parameters.
+      batch: questions with their options.
+
+    Returns:
+      sample_ids, predicted and answer (both indices of an option; answer is -1 for a row that only fills up).
+    """
+    logits = forward(params, batch.inputs, batch.answer_position)
+    option_logits = jnp.take_along_axis(logits, jnp.maximum(batch.option_tokens, 0), axis=-1)
+    option_logits = jnp.where(batch.option_tokens >= 0, option_logits, -jnp.inf)
+    return {
+        "sample_ids": batch.sample_ids,
+        "predicted": jnp.argmax(option_logits, axis=-1).astype(jnp.int32),
+        "answer": batch.answer_option,
+    }
