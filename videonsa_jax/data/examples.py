@@ -4,7 +4,6 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
-import jax
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
@@ -13,14 +12,14 @@ from videonsa_jax.data.chat import Chat
 from videonsa_jax.data.config import Ablation, DataConfig
 from videonsa_jax.data.sources import Context, Record
 from videonsa_jax.data.video import VideoError, decode_video, frames_to_patches
-from videonsa_jax.streams import BATCH_AXIS_SECOND, ArrayLike, Batch, TrainBatch, Visual, split_streams
+from videonsa_jax.streams import BATCH_AXIS_SECOND, ArrayLike, Batch, TrainBatch, Visual, register_pytree, split_streams
 
 type Arrays = dict[str, np.ndarray]
 
 _FILL = {"sample_ids": -1, "option_tokens": -1, "answer_option": -1}  # every other field is filled up with zeros
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True)
 class EvalBatch:
     """A `Batch` of questions, each ending where the answer begins, with what scoring their options needs.

@@ -12,7 +12,6 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -148,6 +147,8 @@ def _opened(path: Path, seconds_limit: float, max_pixels_in: int) -> Iterator[tu
             codec.thread_count = 1  # loaders run many files at once; threads inside one would only contend
             codec.options = {"max_pixels": str(max_pixels_in)}  # a stream may change its size after the header
             yield container, stream
+    except av.error.ExitError as error:
+        raise VideoError(f"{path}: reading took longer than the limit of {seconds_limit:g} s") from error
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise VideoError(f"{path}: {reason}, expected a readable video") from error
@@ -164,8 +165,8 @@ def _orientation(stream: av.VideoStream) -> _Orientation:
     return _Orientation(transpose=True, flip_rows=b < 0, flip_columns=c < 0)
 
 
-def _frame_rate(stream: av.VideoStream) -> Fraction:
-    return stream.average_rate or stream.guessed_rate or Fraction(25)
+def _frame_rate(stream: av.VideoStream) -> float:
+    return float(stream.average_rate or stream.guessed_rate or 25)
 
 
 def _scan_duration(path: Path, seconds_limit: float, max_pixels_in: int) -> float:
@@ -175,23 +176,23 @@ def _scan_duration(path: Path, seconds_limit: float, max_pixels_in: int) -> floa
         first, end, count = None, 0.0, 0
         for packet in container.demux(stream):
             if time.monotonic() > deadline:
-                raise VideoError(f"{path}: {seconds_limit:g} s spent looking for its duration, expected less")
+                raise VideoError(f"{path}: reading took longer than the limit of {seconds_limit:g} s")
             if packet.size == 0:
                 continue
             count += 1
             if packet.pts is not None:
                 start = float(packet.pts * stream.time_base)
-                shown = float((packet.duration or 0) * stream.time_base) or 1 / float(_frame_rate(stream))
+                shown = float((packet.duration or 0) * stream.time_base) or 1 / _frame_rate(stream)
                 first = start if first is None else min(first, start)
                 end = max(end, start + shown)
         if count == 0:
             raise VideoError(f"{path}: holds no video packets, expected some")
-        return end - first if first is not None else count / float(_frame_rate(stream))
+        return end - first if first is not None else count / _frame_rate(stream)
 
 
 def _header_duration(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[float | None, float]:
     """(seconds or None, how many seconds the last frame may end earlier)."""
-    slack = 2 / float(_frame_rate(stream))
+    slack = 2 / _frame_rate(stream)
     if stream.duration:
         return float(stream.duration * stream.time_base), slack
     if not container.duration:
@@ -233,11 +234,11 @@ class _Reader:
         self.path, self.container, self.stream = path, container, stream
         self.seconds_limit, self.deadline = seconds_limit, time.monotonic() + seconds_limit
         self.keyframes = [entry.timestamp for entry in stream.index_entries if entry.is_keyframe]
-        self.end = 0  # timestamp at which the last decoded frame stops being shown
+        self.end = 0.0  # seconds after the first frame until which frames are known to be shown
 
     def frames(self) -> Iterator[tuple[int, av.VideoFrame]]:
         """(timestamp, frame) from the current position on."""
-        untimed = float(1 / _frame_rate(self.stream) / self.stream.time_base)
+        untimed = 1 / (_frame_rate(self.stream) * float(self.stream.time_base))
         count = 0
         for packet in self.container.demux(self.stream):
             if packet.is_corrupt:
@@ -247,7 +248,7 @@ class _Reader:
                 yield (round(count * untimed) if frame.pts is None else frame.pts), frame
                 count += 1
             if time.monotonic() > self.deadline:
-                raise VideoError(f"{self.path}: decoding took longer than the limit of {self.seconds_limit:g} s")
+                raise VideoError(f"{self.path}: reading took longer than the limit of {self.seconds_limit:g} s")
 
     def _jump(self, target: int, position: int) -> Iterator[tuple[int, av.VideoFrame]] | None:
         """Frames from a keyframe well past `position` and shown no later than `target`; None where there is none."""
@@ -255,32 +256,38 @@ class _Reader:
         threshold = position + SEEK_SECONDS / float(self.stream.time_base)
         if nearest < 0 or self.keyframes[nearest] < threshold:
             return None
-        # The index holds decoding times: a keyframe may be shown later than the target, then an earlier one serves.
+        # The index holds decoding times: a keyframe may be shown later than the target, frames that refer to what
+        # came before it standing in between; then an earlier keyframe serves.
         # The last resort is the one before the current position; `shown` skips what it has seen.
         behind = max(0, bisect_right(self.keyframes, position) - 2)
         for index in (*(i for i in range(nearest, behind, -1) if self.keyframes[i] >= threshold), behind):
             self.container.seek(self.keyframes[index], stream=self.stream)
             ahead = self.frames()
             first = next(ahead, None)
-            if first is not None and (first[0] <= target or index == behind):
+            if first is not None and (index == behind or (first[0] <= target and first[1].key_frame)):
                 return itertools.chain([first], ahead)
         return iter(())
 
-    def shown(self, targets: list[int]) -> Iterator[av.VideoFrame]:
-        """For each ascending timestamp the frame with the largest timestamp not after it (the first, before all)."""
-        ahead, current, position = self.frames(), None, self.stream.start_time or 0
-        for target in targets:
-            ahead = self._jump(target, position) or ahead
-            for timestamp, frame in ahead:
-                if current is not None and timestamp <= position:
-                    continue
-                if current is not None and timestamp > target:
-                    ahead = itertools.chain([(timestamp, frame)], ahead)
-                    break
-                current, position = frame, timestamp
-                self.end = timestamp + (frame.duration or 0)
-            if current is None:
-                return
+    def shown(self, times: Float[np.ndarray, "F"]) -> Iterator[av.VideoFrame]:
+        """For each of some ascending times, in seconds from the first frame, the frame shown then."""
+        tick = float(self.stream.time_base)
+        ahead = self.frames()
+        pending = next(ahead, None)
+        if pending is None:
+            return
+        (start, current), position = pending, pending[0]  # the header's start time may be a decoding time
+        self.end = (current.duration or 0) * tick
+        for target in (start + round(float(seconds) / tick) for seconds in times):
+            jumped = self._jump(target, position)
+            if jumped is not None:
+                ahead, pending = jumped, next(jumped, None)
+            while pending is not None and pending[0] <= target:
+                if pending[0] > position:
+                    position, current = pending
+                    self.end = (position - start + (current.duration or 0)) * tick
+                pending = next(ahead, None)
+            if pending is not None:
+                self.end = (pending[0] - start) * tick
             yield current
 
 
@@ -326,21 +333,17 @@ def decode_video(
         height, width = info.height, info.width
         if max_pixels is not None:
             height, width = smart_resize(height, width, factor, min_pixels, max_pixels)
-        start, tick = stream.start_time or 0, float(stream.time_base)
         reader = _Reader(path, container, stream, seconds_limit)
         frames = np.empty((len(times) + len(times) % 2, height, width, 3), np.uint8)
         to_rgb, previous, count = VideoReformatter(), None, 0
-        for count, frame in enumerate(reader.shown([start + round(t / tick) for t in times]), start=1):
+        for count, frame in enumerate(reader.shown(times), start=1):
             if frame is previous:
                 frames[count - 1] = frames[count - 2]
             else:
                 frames[count - 1] = _displayed(to_rgb, frame, orientation, height, width)
             previous = frame
-        shown_until = (reader.end - start) * tick
-        if count == 0 or shown_until + slack < times[-1]:
-            raise VideoError(
-                f"{path}: its frames end at {shown_until if count else 0.0:.2f} s, expected {info.duration:.2f} s"
-            )
+        if count == 0 or reader.end + slack < times[-1]:
+            raise VideoError(f"{path}: its frames end at {reader.end:.2f} s, expected {info.duration:.2f} s")
         frames[len(times) :] = frames[len(times) - 1]
     return DecodedVideo(frames=frames, fps=rate, duration=info.duration)
 
