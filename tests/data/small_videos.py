@@ -72,9 +72,9 @@ def write_tokenizer(path: Path) -> Path:
     return path
 
 
-def record(video: str = "a.mp4", question: str = "What colour?", answer: str = "red", **fields: object) -> dict:
+def record(video: str = "a.mp4", question: str = "What colour?", reply: str = "red", **fields: object) -> dict:
     """A LLaVA-Video style record."""
-    conversation = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    conversation = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": reply}]
     return {"id": f"{video}-{question}", "video": video, "conversations": conversation} | fields
 
 

@@ -49,8 +49,6 @@ QWEN_SYSTEM_PROMPT = "You are a helpful assistant."
 
 _MARK = re.compile("\ue000([0-9]+)\ue001")  # private-use characters, which no template holds
 
-type Message = Mapping[str, object]
-
 
 class ChatError(ValueError):
     """Messages, a template or a tokenizer that cannot be used: one sentence says which, what was seen and expected."""
@@ -116,7 +114,7 @@ class Chat:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def render(
-        self, messages: Sequence[Message], visuals: Sequence[Visual] = (), *, add_generation_prompt: bool = False
+        self, messages: Sequence[object], visuals: Sequence[Visual] = (), *, add_generation_prompt: bool = False
     ) -> Rendered:
         """Renders and tokenises one conversation.
 
@@ -189,7 +187,7 @@ class _Texts:
         return f"\ue000{len(self.texts) - 1}\ue001"
 
 
-def _marked(message: Message, place: int, texts: _Texts) -> dict:
+def _marked(message: object, place: int, texts: _Texts) -> dict:
     """A copy of a checked message with every text replaced by its mark."""
     if not isinstance(message, Mapping) or message.get("role") not in ROLES:
         raise ChatError(f"message {place} is {str(message)[:80]!r}, expected a role out of {', '.join(ROLES)}")
