@@ -51,30 +51,28 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 
 
 class TimedJit:
-    """A jitted function that keeps the time of compiling apart.
+    """A jitted function that is compiled ahead for each set of shapes it meets, the time kept apart.
 
     Attributes:
-      seconds: spent in calls that met new shapes; a call returns before the devices are done, so this is compilation.
+      seconds: spent tracing and compiling so far.
     """
 
     def __init__(self, function: Callable, **options: Any):
         self._jitted = jax.jit(function, **options)
-        self._seen: set[Any] = set()
+        self._compiled: dict[Any, Callable] = {}
         self.seconds = 0.0
 
     def __call__(self, *args: Any) -> Any:
         """Calls the function with arrays that are on the devices already."""
         leaves, structure = jax.tree.flatten(args)
         key = (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
-        if key in self._seen:
-            # Whatever enters a step was put on the devices beforehand; a hidden copy here would stall every step.
-            with jax.transfer_guard_host_to_device("disallow"):
-                return self._jitted(*args)
-        start = time.perf_counter()
-        result = self._jitted(*args)
-        self.seconds += time.perf_counter() - start
-        self._seen.add(key)
-        return result
+        if key not in self._compiled:
+            start = time.perf_counter()
+            self._compiled[key] = self._jitted.lower(*args).compile()
+            self.seconds += time.perf_counter() - start
+        # A hidden copy from the host would stall every step: what enters one was put on the devices beforehand.
+        with jax.transfer_guard_host_to_device("disallow"):
+            return self._compiled[key](*args)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -118,7 +117,6 @@ class Progress:
         """Shows a run of `total` steps of which `done` are done; `stream` defaults to stderr."""
         self._stream = sys.stderr if stream is None else stream
         self._enabled, self._total = enabled, total
-        self._start, self._first = time.perf_counter(), done
         on_terminal = enabled and self._stream.isatty()
         self._bar = (
             tqdm(total=total, initial=done, unit="step", file=self._stream, dynamic_ncols=True) if on_terminal else None
@@ -142,12 +140,10 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate}, wait {values['wait_share']:.0%}")
             return
-        elapsed = time.perf_counter() - self._start
-        remaining = elapsed / max(step - self._first, 1) * (self._total - step)
         self.say(
             f"step {step}/{self._total}  loss {values['loss']:.4f}  grad norm {values['grad_norm']:.3f}  "
             f"lr {values['learning_rate']:.2e}  {values['step_seconds']:.3f} s/step  {rate} (visual+text)  "
-            f"waiting {values['wait_share']:.0%}  ETA {_duration(remaining)}"
+            f"waiting {values['wait_share']:.0%}  ETA {_duration(values['step_seconds'] * (self._total - step))}"
         )
 
     def close(self) -> None:

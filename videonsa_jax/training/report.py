@@ -76,16 +76,17 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:  # a checkout that is run without being installed
             versions[package] = "not installed"
-    devices = jax.devices()
+    devices = jax.local_devices()
     return {
         "versions": {"python": platform.python_version(), **versions},
         "device": {
             "platform": devices[0].platform,
             "kind": devices[0].device_kind,
-            "count": len(devices),
+            "count": jax.device_count(),
             "processes": jax.process_count(),
             "host": platform.platform(),
             "cpu_count": os.cpu_count(),
+            "peak_bytes": (devices[0].memory_stats() or {}).get("peak_bytes_in_use"),
         },
         "command": sys.argv,
     }

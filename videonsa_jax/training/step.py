@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from videonsa_jax.configs import ModelConfig
 from videonsa_jax.data.examples import EvalBatch
 from videonsa_jax.models import VideoNSA
-from videonsa_jax.streams import Batch, TrainBatch
+from videonsa_jax.streams import Batch, TrainBatch, register_pytree
 from videonsa_jax.training.config import TrainConfig
 
 type Params = dict[str, Any]
@@ -26,7 +26,7 @@ type Leaf = Any  # an array, its shape or its sharding: these trees are mapped t
 type Forward = Callable[..., Float[Array, "B Q *Lt V"]]
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True)
 class TrainState:
     """What a checkpoint holds.
@@ -42,7 +42,7 @@ class TrainState:
     opt_state: Any
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True)
 class Sums:
     """Sums over the batches of an optimiser step, over all hosts; scalars but for `grads`.
@@ -64,7 +64,7 @@ class Sums:
     text_tokens: Leaf
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True)
 class Rows:
     """Text rows of a batch, for naming those at fault.
