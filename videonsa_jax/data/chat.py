@@ -109,7 +109,7 @@ class Chat:
         """Token ids of text from outside: special tokens in it are ordinary characters."""
         return self.plain.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of token ids, special tokens left out."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 

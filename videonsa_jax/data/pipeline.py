@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import grain
 import jax
@@ -187,7 +187,7 @@ class DataIterator:
         self._warned: set[str] = set()
         self.failures = Failures()
 
-    def __iter__(self) -> Self:
+    def __iter__(self) -> "DataIterator":
         return self
 
     def __next__(self) -> TrainBatch | EvalBatch:
@@ -263,7 +263,7 @@ class DataIterator:
             sharing = grain.experimental.DatasetOptions(min_shm_size=_SHARED_MEMORY_FROM)
             dataset = grain.experimental.WithOptionsIterDataset(dataset, sharing)
             return iter(dataset.mp_prefetch(options, worker_init_fn=_stay_off_accelerators))
-        threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+        threads = min(_MAX_THREADS, os.cpu_count() or 1)
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
 
     def _report(self, message: str) -> None:
