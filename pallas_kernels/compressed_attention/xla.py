@@ -25,7 +25,8 @@ def compressed_attention(
     if lengths is not None:
         length = jnp.asarray(lengths)[:, None]
         past = query_indices(q.shape[1], q_offset) >= length
-        count = jnp.where(past, 0, jnp.minimum(count, length // block_size))
+        # What ends at a valid query lies below the length.
+        count = jnp.where(past, 0, count)
         q = zero_where(past, q)
         k_blocks, v_blocks = (zero_where(end > length, x) for x in (k_blocks, v_blocks))
     block = jnp.arange(k_blocks.shape[1])

@@ -4,6 +4,8 @@ The bounds are those of test_attention_operations. The oracle's choice of blocks
 a comparison of values.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +27,10 @@ def inputs(case):
     """q, k, v, gate logits, NaN in all padding."""
     gate_logits = case.draw(case.B, case.T, case.N, case.G, 3)
     return case.queries(), *case.keys(), case.poison(gate_logits, case.q_offset)
+
+
+def compiled(**options):
+    return jax.jit(functools.partial(nsa_attention, **options))
 
 
 def oracle_choice(case, q, k):
@@ -89,7 +95,8 @@ def test_nsa_chooses_its_own_blocks(branches, form_name):
     assert 0 < (chosen == np.arange(3)).all(-1).mean() < 1, "the case leaves no choice"
     options = sizes(case)
     with form(form_name) as implementation:
-        o = nsa_attention(*arrays, **options, **case.choice, lengths=case.array_lengths, implementation=implementation)
+        options |= case.choice | {"implementation": implementation}
+        o = compiled(**options, lengths=case.array_lengths)(*arrays)
     expected = oracle.nsa(*(x.astype(np.float64) for x in arrays), chosen, **options | {"lengths": case.oracle_lengths})
     assert_close(o, expected, 1e-5, "o")
 
@@ -98,10 +105,8 @@ def test_the_implementations_may_be_mixed():
     case = Case(T=60, S=60)
     arrays = inputs(case)
     options = sizes(case) | case.choice
-    mixed = nsa_attention(
-        *arrays, **options, implementation={"window_attention": "reference", "block_selection": "xla"}
-    )
-    assert_close(mixed, nsa_attention(*arrays, **options, implementation="reference"), 1e-5, "o")
+    mixed = compiled(**options, implementation={"window_attention": "reference", "block_selection": "xla"})(*arrays)
+    assert_close(mixed, compiled(**options, implementation="reference")(*arrays), 1e-5, "o")
 
 
 def test_the_offset_and_the_lengths_are_traced():
@@ -123,24 +128,23 @@ def test_the_offset_and_the_lengths_are_traced():
 
 
 def test_chunked_prefill_is_the_whole():
-    case = Case(T=96, S=96, n=3, w=24)
+    case = Case(T=80, S=80, n=3, w=24)
     q, k, v, gate_logits = inputs(case)
     options = sizes(case) | case.choice
-    whole = nsa_attention(q, k, v, gate_logits, **options)
-    parts = [
-        nsa_attention(q[:, a:b], k, v, gate_logits[:, a:b], **options | {"q_offset": a})
-        for a, b in ((0, 40), (40, 41), (41, 96))
-    ]
-    assert_close(jnp.concatenate(parts, axis=1), whole, 1e-6, "o")
+    del options["q_offset"]
+    run = jax.jit(lambda q, gate_logits, q_offset: nsa_attention(q, k, v, gate_logits, **options, q_offset=q_offset))
+    whole = run(q, gate_logits, 0)
+    for a in (0, 7, 40):
+        assert_close(run(q[:, a : a + 40], gate_logits[:, a : a + 40], a), whole[:, a : a + 40], 1e-6, "o")
 
 
 def test_one_branch_does_not_change_the_gates_of_the_others():
-    case = Case(T=60, S=60)
+    case = Case(T=40, S=40)
     arrays = inputs(case)
     options = sizes(case) | case.choice
-    alone = [nsa_attention(*arrays, **options | {"branches": (branch,)}) for branch in case.branches]
-    assert_close(sum(alone), nsa_attention(*arrays, **options), 1e-6, "sum of the branches")
-    assert not np.asarray(nsa_attention(*arrays, **options | {"branches": ()})).any()
+    alone = [compiled(**options | {"branches": (branch,)})(*arrays) for branch in case.branches]
+    assert_close(sum(alone), compiled(**options)(*arrays), 1e-6, "sum of the branches")
+    assert not np.asarray(compiled(**options | {"branches": ()})(*arrays)).any()
 
 
 def test_means_are_accumulated_in_float32():
