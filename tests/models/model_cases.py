@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from videonsa_jax import configs
-from videonsa_jax.models import VideoNSA
+from videonsa_jax.models import Output, VideoNSA
 from videonsa_jax.streams import Batch, Visual, split_streams
 
 type Parts = Sequence[Sequence[int] | Visual]
@@ -47,12 +48,15 @@ def small_config(**nsa: object) -> configs.ModelConfig:
 
 def build(config: configs.ModelConfig, seed: int = 0, **options: object) -> VideoNSA:
     """A model none of whose parameters is 0 or 1, so that a bias or scale left out shows."""
-    model = VideoNSA(config, nnx.Rngs(seed), **options)
-    graphdef, state = nnx.split(model)
-    leaves, treedef = jax.tree.flatten(state)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: VideoNSA(config, nnx.Rngs(0), **options)))
     rng = np.random.default_rng(seed)
-    moved = [leaf + jnp.asarray(0.1 * rng.standard_normal(leaf.shape), leaf.dtype) for leaf in leaves]
-    return nnx.merge(graphdef, jax.tree.unflatten(treedef, moved))
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = path[-2].key
+        spread = leaf.shape[-2] ** -0.5 if name in ("kernel", "embedding") else 0.1
+        return jnp.asarray((name == "scale") + spread * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(draw, state))
 
 
 def words(count: int, seed: int) -> list[int]:
@@ -123,9 +127,21 @@ def replace(batch: Batch, **fields: np.ndarray) -> Batch:
     return dataclasses.replace(batch, **fields)
 
 
-@nnx.jit(static_argnames=("attention", "return_visual"))
-def logits(model: VideoNSA, batch: Batch, attention: str | None = None, return_visual: bool = False) -> jax.Array:
-    return model(batch, attention=attention, return_visual=return_visual).logits
+# These tests compile much and compute little.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@partial(jit, static_argnames=("attention", "return_visual"))
+def outputs(model: VideoNSA, batch: Batch, attention: str | None = None, return_visual: bool = False) -> Output:
+    return model(batch, attention=attention, return_visual=return_visual)
+
+
+def logits(model: VideoNSA, batch: Batch, attention: str | None = None) -> np.ndarray:
+    return np.asarray(outputs(model, batch, attention).logits)
+
+
+def visual_hidden(model: VideoNSA, batch: Batch) -> np.ndarray:
+    return np.asarray(outputs(model, batch, return_visual=True).visual_hidden)
 
 
 def loss(model: VideoNSA, batch: Batch, attention: str | None = None) -> jax.Array:
@@ -137,14 +153,9 @@ def loss(model: VideoNSA, batch: Batch, attention: str | None = None) -> jax.Arr
     return -jnp.sum(jnp.where(valid, of_target, 0.0))
 
 
-@nnx.jit
-def visual_hidden(model: VideoNSA, batch: Batch) -> jax.Array:
-    return model(batch, return_visual=True).visual_hidden
-
-
-@nnx.jit
-def loss_and_gradients(model: VideoNSA, batch: Batch) -> tuple[jax.Array, nnx.State]:
-    return nnx.value_and_grad(loss)(model, batch)
+@partial(jit, static_argnames="attention")
+def loss_and_gradients(model: VideoNSA, batch: Batch, attention: str | None = None) -> tuple[jax.Array, VideoNSA]:
+    return jax.value_and_grad(loss)(model, batch, attention)
 
 
 def assert_close(actual: object, expected: object, tolerance: float) -> None:

@@ -15,7 +15,7 @@ from model_cases import (
     words,
 )
 
-from videonsa_jax.streams import Visual, slice_batch
+from videonsa_jax.streams import Visual
 
 # Two layouts of the same sums differ in the order of float32 additions: a few hundred terms of 6e-8 each.
 FLOAT32_SUMS = 2e-5
@@ -47,11 +47,6 @@ def test_questions_on_one_context_equal_separate_samples(model, contexts):
     np.testing.assert_allclose(shared_loss, separate_loss, rtol=FLOAT32_SUMS)
     assert_close(shared_gradients, separate_gradients, FLOAT32_SUMS)
 
-    one_by_one = [loss_and_gradients(model, slice_batch(separate_batch, slice(i, i + 1))) for i in range(6)]
-    total_loss, total_gradients = jax.tree.map(lambda *x: sum(x), *one_by_one)
-    np.testing.assert_allclose(total_loss, shared_loss, rtol=FLOAT32_SUMS)
-    assert_close(total_gradients, shared_gradients, FLOAT32_SUMS)
-
 
 def test_padding_content_changes_nothing(model, contexts):
     """Bit for bit: padded pixels, ids, positions and visibilities are never read into a result."""
@@ -63,26 +58,26 @@ def test_padding_content_changes_nothing(model, contexts):
 
 
 def test_padding_length_changes_nothing(model, contexts):
-    plain, longer = make_batch(contexts), make_batch(contexts, frames=7, patches=64, visual=37, text=20)
+    plain, longer = make_batch(contexts), make_batch(contexts, frames=6, patches=48, visual=30, text=14)
     assert_close(loss_and_gradients(model, longer), loss_and_gradients(model, plain), FLOAT32_SUMS)
     valid = np.arange(plain.text_tokens.shape[2]) < plain.text_lengths[..., None]
-    of_longer = np.asarray(logits(model, longer))[:, :, : valid.shape[2]]
-    assert_close(of_longer[valid], np.asarray(logits(model, plain))[valid], FLOAT32_SUMS)
+    of_longer = logits(model, longer)[:, :, : valid.shape[2]]
+    assert_close(of_longer[valid], logits(model, plain)[valid], FLOAT32_SUMS)
 
 
 def test_contexts_and_rows_are_independent(model, contexts):
     batch = make_batch(contexts)
-    before = np.asarray(logits(model, batch))
+    before = logits(model, batch)
     tokens = batch.text_tokens.copy()
     tokens[1, 2] = (tokens[1, 2] + 1) % 61
-    after = np.asarray(logits(model, replace(batch, text_tokens=tokens)))
+    after = logits(model, replace(batch, text_tokens=tokens))
     np.testing.assert_array_equal(after[0], before[0])
     np.testing.assert_array_equal(after[1, :2], before[1, :2])
     assert np.abs(after[1, 2] - before[1, 2]).max() > 1e-3
 
     patches = batch.patches.copy()
     patches[0] = 255 - patches[0]
-    after = np.asarray(logits(model, replace(batch, patches=patches)))
+    after = logits(model, replace(batch, patches=patches))
     np.testing.assert_array_equal(after[1], before[1])
     assert np.abs(after[0] - before[0]).max() > 1e-3
 
@@ -92,18 +87,18 @@ def test_causality(model, attention):
     """A change of a token or of a video reaches what follows it, and nothing before."""
     row = [words(3, 1), CLIP, words(4, 2), IMAGE, words(3, 3)]
     batch = make_batch([[row]])
-    before = np.asarray(logits(model, batch, attention))[0, 0]
+    before = logits(model, batch, attention)[0, 0]
 
     tokens = batch.text_tokens.copy()
     tokens[0, 0, 5] = (tokens[0, 0, 5] + 1) % 61
-    after = np.asarray(logits(model, replace(batch, text_tokens=tokens), attention))[0, 0]
+    after = logits(model, replace(batch, text_tokens=tokens), attention)[0, 0]
     np.testing.assert_array_equal(after[:5], before[:5])
     assert np.abs(after[5:] - before[5:]).max(axis=-1).min() > 1e-4
 
     for frames, first_text in ((slice(0, 3), 3), (slice(3, 4), 7)):  # the clip, the image
         patches = batch.patches.copy()
         patches[:, frames] = 255 - patches[:, frames]
-        after = np.asarray(logits(model, replace(batch, patches=patches), attention))[0, 0]
+        after = logits(model, replace(batch, patches=patches), attention)[0, 0]
         np.testing.assert_array_equal(after[:first_text], before[:first_text])
         assert np.abs(after[first_text:] - before[first_text:]).max(axis=-1).min() > 1e-4
 
@@ -111,14 +106,14 @@ def test_causality(model, attention):
 def test_visual_stream_is_causal(model):
     """With NSA a visual token depends on the visual tokens before it, and on no text."""
     batch = make_batch([[[words(3, 1), CLIP, words(4, 2)]]])
-    before = np.asarray(visual_hidden(model, batch))
+    before = visual_hidden(model, batch)
     patches = batch.patches.copy()
     patches[:, 1] = 255 - patches[:, 1]
-    after = np.asarray(visual_hidden(model, replace(batch, patches=patches)))
+    after = visual_hidden(model, replace(batch, patches=patches))
     np.testing.assert_array_equal(after[:, :6], before[:, :6])
     assert np.abs(after[:, 6:] - before[:, 6:]).max(axis=-1).min() > 1e-4
     other_text = replace(batch, text_tokens=(batch.text_tokens + 1) % 61)
-    np.testing.assert_array_equal(np.asarray(visual_hidden(model, other_text)), before)
+    np.testing.assert_array_equal(visual_hidden(model, other_text), before)
 
 
 @pytest.mark.parametrize("attention", ["nsa", "dense"])

@@ -127,12 +127,10 @@ class VideoNSA(nnx.Module):
         tokens = batch.visual_source.shape[1]
         if contexts * frames * patches * tokens == 0:
             return jnp.zeros((contexts, tokens, self.config.text.hidden_size), self.dtype)
-        merged = self.visual(
-            batch.patches.reshape(contexts * frames, patches, self.config.vision.patch_dim),
-            batch.frame_grids.reshape(contexts * frames, 2),
-        )
+        by_frame = jnp.asarray(batch.patches).reshape(contexts * frames, patches, self.config.vision.patch_dim)
+        merged = self.visual(by_frame, jnp.asarray(batch.frame_grids).reshape(contexts * frames, 2))
         merged = merged.reshape(contexts, frames * merged.shape[1], merged.shape[2])
-        return jnp.take_along_axis(merged, batch.visual_source[..., None], axis=1, mode="clip")
+        return jnp.take_along_axis(merged, jnp.asarray(batch.visual_source)[..., None], axis=1, mode="clip")
 
     def logits(self, hidden: Float[Array, "*L hidden"]) -> Float[Array, "*L V"]:
         """Projects hidden states to the vocabulary; products in the model's dtype, accumulated to float32."""
