@@ -100,6 +100,8 @@ def test_an_epoch_holds_every_record_once(folder):
     orders = [[i for batch in epoch for i in batch.sample_ids.ravel().tolist() if i >= 0] for epoch in epochs]
     assert all(sorted(order) == list(range(len(pipeline.records))) for order in orders)
     assert orders[0] != orders[1]
+    together = [{frozenset(batch.sample_ids.ravel().tolist()) for batch in epoch} for epoch in epochs]
+    assert together[0] != together[1]
     assert all(isinstance(batch, TrainBatch) for batch in batches)
 
 

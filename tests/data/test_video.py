@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -100,6 +101,16 @@ def test_sparse_sampling_jumps_between_keyframes(tmp_path, monkeypatch):
     frames = decode(path, fps=4.0, max_frames=7).frames
     assert numbers(frames)[:7] == levels[[int(k * 600 / 7) for k in range(7)]].tolist()
     assert len(decoded) < 200
+
+
+def test_jumps_in_a_stream_of_open_groups(tmp_path, monkeypatch):
+    """Frames shown before a keyframe but decoded after it refer to the group before."""
+    options = {"preset": "medium", "x264-params": "keyint=8:min-keyint=8:open-gop=1:bframes=3:b-adapt=0:scenecut=0"}
+    path = write_video(tmp_path / "a.mp4", grey_frames(60), options=options)
+    monkeypatch.setattr(video, "SEEK_SECONDS", 0.15)
+    for step in (5, 7, 9, 13):
+        frames = decode(path, fps=10 / step).frames
+        assert numbers(frames)[: math.ceil(60 / step)] == list(range(0, 60, step))
 
 
 @pytest.mark.parametrize("at", [0, 3, 17, 31])

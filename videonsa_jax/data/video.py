@@ -256,15 +256,14 @@ class _Reader:
         threshold = position + SEEK_SECONDS / float(self.stream.time_base)
         if nearest < 0 or self.keyframes[nearest] < threshold:
             return None
-        # The index holds decoding times: a keyframe may be shown later than the target, frames that refer to what
-        # came before it standing in between; then an earlier keyframe serves.
-        # The last resort is the one before the current position; `shown` skips what it has seen.
+        # The index holds decoding times: a keyframe may be shown later than the target, then an earlier one serves. The
+        # last resort is one before the current position. (Decoders drop frames whose references were jumped over.)
         behind = max(0, bisect_right(self.keyframes, position) - 2)
         for index in (*(i for i in range(nearest, behind, -1) if self.keyframes[i] >= threshold), behind):
             self.container.seek(self.keyframes[index], stream=self.stream)
             ahead = self.frames()
             first = next(ahead, None)
-            if first is not None and (index == behind or (first[0] <= target and first[1].key_frame)):
+            if first is not None and (index == behind or first[0] <= target):
                 return itertools.chain([first], ahead)
         return iter(())
 
@@ -282,9 +281,8 @@ class _Reader:
             if jumped is not None:
                 ahead, pending = jumped, next(jumped, None)
             while pending is not None and pending[0] <= target:
-                if pending[0] > position:
-                    position, current = pending
-                    self.end = (position - start + (current.duration or 0)) * tick
+                position, current = pending
+                self.end = (position - start + (current.duration or 0)) * tick
                 pending = next(ahead, None)
             if pending is not None:
                 self.end = (pending[0] - start) * tick
