@@ -4,6 +4,7 @@
 FlashAttention, arXiv 2205.14135, appendix B). `over_query_chunks` runs a tile per chunk of queries.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,15 +21,43 @@ TILE_ELEMENTS = 2**25
 _SAVED = ("chunk_output", "chunk_lse")
 
 
-def _dot(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
+def _product(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
     # The default precision would round float32 operands to TF32 or bfloat16 on GPU and TPU.
     precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
     return jnp.einsum(subscripts, left, right, precision=precision, preferred_element_type=jnp.float32)
 
 
+def _scores(tokens: jax.Array, keys: jax.Array) -> jax.Array:
+    """Contracts D: [*X, C, G, D] with [*X, K, D] to [*X, C, G, K]."""
+    # One batch axis and one row axis: XLA's CPU backend copies the tiles of products with more.
+    product = _product("xrd,xkd->xrk", _rows(tokens), _flat(keys))
+    return product.reshape(*tokens.shape[:-1], keys.shape[-2])
+
+
+def _mix(tile: jax.Array, keys: jax.Array) -> jax.Array:
+    """Contracts K: [*X, C, G, K] with [*X, K, D] to [*X, C, G, D]."""
+    product = _product("xrk,xkd->xrd", _rows(tile), _flat(keys))
+    return product.reshape(*tile.shape[:-1], keys.shape[-1])
+
+
+def _to_keys(tokens: jax.Array, tile: jax.Array) -> jax.Array:
+    """Contracts C and G: [*X, C, G, D] with [*X, C, G, K] to [*X, K, D]."""
+    # In this order the small operand is the one that is transposed.
+    product = jnp.swapaxes(_product("xrd,xrk->xdk", _rows(tokens), _rows(tile)), 1, 2)
+    return product.reshape(*tile.shape[:-3], *product.shape[1:])
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    return x.reshape(math.prod(x.shape[:-3]), x.shape[-3] * x.shape[-2], x.shape[-1])
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+
+
 def scaled_logits(q: Float[jax.Array, "*X C G D"], k: Float[jax.Array, "*X K D"]) -> Float32[jax.Array, "*X C G K"]:
     """Logits q k^T / sqrt(D), accumulated in float32."""
-    return _dot("...cgd,...kd->...cgk", q, k.astype(q.dtype)) * q.shape[-1] ** -0.5
+    return _scores(q, k.astype(q.dtype)) * q.shape[-1] ** -0.5
 
 
 @jax.custom_vjp
@@ -55,7 +84,7 @@ def attend(
     total = jnp.sum(weights, axis=-1)
     empty = total == 0
     divisor = jnp.where(empty, 1.0, total)
-    o = _dot("...cgk,...kd->...cgd", weights.astype(q.dtype), v.astype(q.dtype)) / divisor[..., None]
+    o = _mix(weights.astype(q.dtype), v.astype(q.dtype)) / divisor[..., None]
     return o.astype(q.dtype), jnp.where(empty, EMPTY_LSE, top[..., 0] + jnp.log(divisor))
 
 
@@ -70,11 +99,11 @@ def _attend_backward(residuals: Any, cotangents: Any) -> tuple[jax.Array, jax.Ar
     do, dlse = (zero_where(lse == EMPTY_LSE, x) for x in cotangents)
     weights = jnp.exp(jnp.where(visible, scaled_logits(q, k), -jnp.inf) - lse[..., None])
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
-    dv = _dot("...cgk,...cgd->...kd", weights.astype(q.dtype), do)
-    dweights = _dot("...cgd,...kd->...cgk", do, v.astype(q.dtype))
+    dv = _to_keys(do, weights.astype(q.dtype))
+    dweights = _scores(do, v.astype(q.dtype))
     dlogits = (weights * (dweights - delta[..., None]) * q.shape[-1] ** -0.5).astype(q.dtype)
-    dq = _dot("...cgk,...kd->...cgd", dlogits, k.astype(q.dtype))
-    dk = _dot("...cgk,...cgd->...kd", dlogits, q)
+    dq = _mix(dlogits, k.astype(q.dtype))
+    dk = _to_keys(q, dlogits)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 

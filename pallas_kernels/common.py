@@ -55,12 +55,10 @@ def merge_by_lse(
     (o_first, lse_first), (o_second, lse_second) = first, second
     lse_first = jnp.asarray(lse_first, jnp.float32)
     lse_second = jnp.asarray(lse_second, jnp.float32)
-    # exp(-1e30 - (-1e30)) would be 1: the weights of empty parts are set by hand.
-    empty_first, empty_second = lse_first <= EMPTY_LSE / 2, lse_second <= EMPTY_LSE / 2
-    empty = empty_first & empty_second
+    empty = (lse_first <= EMPTY_LSE) & (lse_second <= EMPTY_LSE)
+    # Against a top of 0 an empty part weighs exp(-1e30) = 0; against its own LSE it would weigh 1.
     top = jax.lax.stop_gradient(jnp.where(empty, 0.0, jnp.maximum(lse_first, lse_second)))
-    weight_first = jnp.where(empty_first, 0.0, jnp.exp(jnp.where(empty_first, 0.0, lse_first - top)))
-    weight_second = jnp.where(empty_second, 0.0, jnp.exp(jnp.where(empty_second, 0.0, lse_second - top)))
+    weight_first, weight_second = jnp.exp(lse_first - top), jnp.exp(lse_second - top)
     total = jnp.where(empty, 1.0, weight_first + weight_second)
     o = (weight_first / total)[..., None] * o_first + (weight_second / total)[..., None] * o_second
     return o.astype(o_first.dtype), jnp.where(empty, EMPTY_LSE, top + jnp.log(total))
