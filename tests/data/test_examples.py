@@ -49,7 +49,7 @@ def scene(tmp_path_factory):
     records = [record("a.mp4", q, a, width=84, height=56, duration=1.75, options=OPTIONS) for q, a in QUESTIONS]
     read, _ = read_records(write_records(folder / "data.json", records))
     chat = load_chat(write_tokenizer(folder / "tokenizer.json"))
-    config = DataConfig(fps=4.0, questions_per_context=4)
+    config = DataConfig(fps=4.0, max_pixels=12_544, questions_per_context=4)
     return Scene(chat, build_index(read, chat, config, tiny(), answered=True), config)
 
 

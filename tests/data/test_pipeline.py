@@ -42,6 +42,7 @@ def config_of(folder, **changes):
         "source": str(folder / "data.json"),
         "heldout": str(folder / "data.json"),
         "tokenizer": str(folder / "tokenizer.json"),
+        "max_pixels": 12_544,
         "contexts_per_batch": 4,
         "questions_per_context": 3,
     }
@@ -379,13 +380,13 @@ def test_options_that_begin_alike(folder):
 
 
 def test_clips(tmp_path):
-    clips = ClipsConfig(train_clips=6, heldout_clips=4, frame_side=64, seconds=(4,), render_workers=1)
-    config = DataConfig(clips=clips, cache_dir=str(tmp_path), contexts_per_batch=2)
+    clips = ClipsConfig(train_clips=6, heldout_clips=4, frame_side=64, seconds=(8,), render_workers=1)
+    config = DataConfig(clips=clips, cache_dir=str(tmp_path), max_pixels=12_544, contexts_per_batch=2)
     train, heldout = (build_pipeline(config, tiny(), split=split, seed=0) for split in ("train", "heldout"))
     assert all(record.family and record.options for record in train.records)
     assert train.vocab_size <= tiny().text.vocab_size
     for batch in take(train, train.steps_per_epoch):
         assert batch.loss_weights.sum() > 0
-        assert set(batch.inputs.visual_lengths.tolist()) <= {0, *(8 * n for n in range(1, 17))}
+        assert set(batch.inputs.visual_lengths.tolist()) <= {0, *(16 * n for n in range(1, 17))}
     ids = [i for batch in heldout.iterator() for i in batch.sample_ids.ravel().tolist() if i >= 0]
     assert sorted(ids) == list(range(len(heldout.records)))

@@ -2,6 +2,8 @@ import itertools
 import json
 import logging
 import math
+import re
+from dataclasses import replace
 
 import pytest
 from small_videos import grey_frames, record, write_records, write_tokenizer, write_video
@@ -22,7 +24,7 @@ from videonsa_jax.data.sources import (
 from videonsa_jax.data.video import VideoInfo
 
 STATED = {"width": 128, "height": 128, "duration": 8.0, "fps": 10}
-GROUPED = DataConfig(questions_per_context=2)
+PLAIN = DataConfig(questions_per_context=2, max_pixels=12_544)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def no_probe(videos):
     raise AssertionError(f"probed {videos}")
 
 
-def index_of(tmp_path, chat, records, config=GROUPED, **options):
+def index_of(tmp_path, chat, records, config=PLAIN, **options):
     read, _ = read_records(write_records(tmp_path / "data.json", records))
     return build_index(read, chat, config, tiny(), **({"answered": True, "probe": no_probe} | options))
 
@@ -132,8 +134,6 @@ def test_a_malformed_record_costs_itself(tmp_path, caplog, change, reason):
     assert [r.index for r in records] == [0, 1]
     with caplog.at_level(logging.WARNING):
         assert f"{path}: record 1 is left out: " in caplog.text
-    import re
-
     assert re.search(reason, caplog.text)
 
 
@@ -202,7 +202,7 @@ def test_text_length_fits_the_longest_row(tmp_path, chat):
 
 
 def test_long_frames_are_sampled_uniformly(tmp_path, chat):
-    index = index_of(tmp_path, chat, [record(**STATED | {"duration": 1000.0})], DataConfig(max_frames=8))
+    index = index_of(tmp_path, chat, [record(**STATED | {"duration": 1000.0})], replace(PLAIN, max_frames=8))
     (context,) = index.contexts
     assert context.visual.grid[0] == 4
     assert context.visual.seconds_per_grid == 250.0
@@ -211,7 +211,7 @@ def test_long_frames_are_sampled_uniformly(tmp_path, chat):
 def test_too_long_ones_are_dropped_and_counted(tmp_path, chat, caplog):
     records = [record("a.mp4", **STATED), record("b.mp4", "one " * 200, **STATED)]
     records += [record("c.mp4", f"What {k}?", **STATED | {"duration": 60.0}) for k in range(3)]
-    index = index_of(tmp_path, chat, records, DataConfig(max_text_tokens=100, max_visual_tokens=300))
+    index = index_of(tmp_path, chat, records, replace(PLAIN, max_text_tokens=100, max_visual_tokens=300))
     assert [context.records for context in index.contexts] == [(0,)]
     assert index.dropped == {
         "more text tokens than max_text_tokens": 1,
@@ -222,7 +222,7 @@ def test_too_long_ones_are_dropped_and_counted(tmp_path, chat, caplog):
 
 def test_given_buckets(tmp_path, chat):
     records = [record(f"{k}.mp4", **STATED | {"duration": seconds}) for k, seconds in enumerate((4.0, 8.0, 60.0))]
-    index = index_of(tmp_path, chat, records, DataConfig(buckets=(400, 130, 140)))
+    index = index_of(tmp_path, chat, records, replace(PLAIN, buckets=(400, 130, 140)))
     assert index.buckets == (Bucket(130, 8, 64), Bucket(400, 16, 64))
     assert [context.bucket for context in index.contexts] == [0, 1]
     assert index.dropped == {"more visual tokens than the longest bucket": 1}
@@ -230,7 +230,7 @@ def test_given_buckets(tmp_path, chat):
 
 def test_nothing_left_stops(tmp_path, chat):
     with pytest.raises(DataError, match="none of 1 records can be used: more text tokens"):
-        index_of(tmp_path, chat, [record(**STATED)], DataConfig(max_text_tokens=3))
+        index_of(tmp_path, chat, [record(**STATED)], replace(PLAIN, max_text_tokens=3))
     with pytest.raises(DataError, match=r"none of 1 records can be used: .*no such file"):
         index_of(tmp_path, chat, [record()], probe=probe_videos)
 
@@ -293,10 +293,8 @@ def test_every_grid_fits_its_bucket():
 
 
 def test_bucket_lengths_are_whole_blocks(tmp_path, chat):
-    import dataclasses
-
     model = tiny()
-    model = dataclasses.replace(model, nsa=dataclasses.replace(model.nsa, block_size=24))
+    model = replace(model, nsa=replace(model.nsa, block_size=24))
     read, _ = read_records(write_records(tmp_path / "data.json", [record(**STATED)]))
-    index = build_index(read, chat, GROUPED, model, answered=True, probe=no_probe)
+    index = build_index(read, chat, PLAIN, model, answered=True, probe=no_probe)
     assert index.buckets[0].visual_tokens == 288

@@ -1,8 +1,10 @@
 import itertools
 import math
 
+import av
 import numpy as np
 import pytest
+from PIL import Image
 from small_videos import grey_frames, numbers, write_video
 
 from videonsa_jax.data import video
@@ -222,8 +224,6 @@ def test_missing_empty_folder_and_text(tmp_path):
 
 
 def test_sound_only(tmp_path):
-    import av
-
     with av.open(str(tmp_path / "a.mp4"), "w") as out:
         sound = out.add_stream("aac", rate=16_000)
         silence = av.AudioFrame.from_ndarray(np.zeros((1, 16_000), np.float32), format="fltp", layout="mono")
@@ -314,8 +314,6 @@ def test_frames_in_bounds_are_not_resized(tmp_path):
 
 
 def test_resizing_is_pillows_bicubic(tmp_path):
-    from PIL import Image
-
     rng = np.random.default_rng(0)
     path = write_video(tmp_path / "a.mp4", rng.integers(0, 255, (4, 96, 128, 3), np.uint8))
     plain = decode(path).frames[0]
