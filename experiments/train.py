@@ -19,6 +19,7 @@ import jax
 
 from experiments import configs
 from experiments.overrides import apply_overrides
+from videonsa_jax.data.sources import DataError
 from videonsa_jax.training.config import Experiment
 from videonsa_jax.training.errors import UsageError, usage_errors
 from videonsa_jax.training.loop import EXIT_DONE, EXIT_PREEMPTED, train
@@ -40,9 +41,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--multihost",
-        action="store_true",
-        help="join the other hosts first (jax.distributed: Slurm, Open MPI, Cloud TPU and Kubernetes are recognised)",
+        nargs="?",
+        const="",
+        metavar="HOST:PORT,COUNT,INDEX",
+        help="join the other processes first; without a value Slurm, Open MPI, Cloud TPU or Kubernetes says which",
     )
+    parser.add_argument("--debug", action="store_true", help="show a traceback for errors that you can mend, too")
     return parser
 
 
@@ -55,6 +59,15 @@ def _experiment(name: str, overrides: Sequence[str]) -> Experiment:
     return experiment
 
 
+def _join_processes(address: str) -> None:
+    if not address:
+        return jax.distributed.initialize()
+    coordinator, *numbers = address.split(",")
+    if ":" not in coordinator or len(numbers) != 2 or not all(number.isdigit() for number in numbers):
+        raise ValueError(f"--multihost is {address!r}, expected HOST:PORT,COUNT,INDEX")
+    return jax.distributed.initialize(coordinator, int(numbers[0]), int(numbers[1]))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = _parser().parse_args(arguments)
@@ -65,11 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with usage_errors():
             experiment = _experiment(options.config, options.set)
-        if options.multihost:
-            jax.distributed.initialize()
+        if options.multihost is not None:
+            with usage_errors():
+                _join_processes(options.multihost)
         workdir = options.workdir or Path("runs") / options.config
         return train(experiment, workdir, preempt_exit_code=options.preempt_exit_code)
-    except UsageError as error:
+    except (UsageError, DataError) as error:
+        if options.debug:
+            raise
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
 

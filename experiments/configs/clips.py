@@ -18,7 +18,7 @@ def nsa_video() -> Experiment:
     """
     return Experiment(
         model=tiny(),
-        data=DataConfig(),
+        data=DataConfig(system_prompt=""),
         optimizer=OptimizerConfig(
             learning_rate=2e-3, warmup_ratio=0.05, warmup_start=0.01, beta2=0.99, weight_decay=0.05
         ),
@@ -54,7 +54,7 @@ def _small_model() -> ModelConfig:
             fullatt_block_indexes=(1, 3),
         ),
         text=TextConfig(
-            vocab_size=1024,
+            vocab_size=640,
             hidden_size=512,
             intermediate_size=1408,
             num_hidden_layers=7,
@@ -62,7 +62,6 @@ def _small_model() -> ModelConfig:
             num_key_value_heads=1,
             head_dim=128,
             rope_theta=10_000.0,
-            tie_word_embeddings=True,
         ),
         nsa=NSAConfig(block_size=64, block_count=12, window_size=256),
     )
@@ -79,7 +78,8 @@ def nsa_video_small() -> Experiment:
     return Experiment(
         model=_small_model(),
         data=DataConfig(
-            clips=ClipsConfig(frame_side=224, seconds=(16, 20, 24)),
+            clips=ClipsConfig(train_clips=6000, frame_side=224, seconds=(16, 20, 24)),
+            system_prompt="",
             max_pixels=50_176,
             contexts_per_batch=8,
             questions_per_context=4,

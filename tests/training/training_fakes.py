@@ -1,13 +1,14 @@
 """A very small model and a pipeline of random batches, so that the trainer is tested without videos."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from videonsa_jax.configs import ModelConfig, NSAConfig, TextConfig, VisionConfig
 from videonsa_jax.data.config import DataConfig
 from videonsa_jax.data.examples import EvalBatch
+from videonsa_jax.data.pipeline import DataIterator, Failures
 from videonsa_jax.streams import Batch, TrainBatch
 from videonsa_jax.training.config import Experiment, OptimizerConfig, TrainConfig
 
@@ -106,9 +107,10 @@ class FakeRecord:
     options: tuple[str, ...] = ("a", "b")
 
 
-class FakeIterator:
+class FakeIterator(DataIterator):
     def __init__(self, make_batch: Any, count: int | None):
         self.make_batch, self.count, self.position = make_batch, count, 0
+        self.failures = Failures()
 
     def __next__(self) -> Any:
         if self.position == self.count:
@@ -116,30 +118,33 @@ class FakeIterator:
         self.position += 1
         return self.make_batch(self.position - 1)
 
-    def get_state(self) -> dict[str, int]:
-        return {"position": self.position}
+    def get_state(self) -> dict[str, Any]:
+        return {"position": self.position, "skips": []}
 
-    def set_state(self, state: dict[str, int]) -> None:
+    def set_state(self, state: dict[str, Any]) -> None:
         self.position = state["position"]
+
+    def close(self) -> None:
+        pass
 
 
 class FakePipeline:
     """What `build_pipeline` returns, as far as the trainer looks at it."""
 
     vocab_size = VOCAB
-    failures = 0
+    shapes = ("the only one",)
+    dropped: ClassVar[dict[str, int]] = {}
 
-    def __init__(self, split: str, make_train_batch: Any = random_batch):
-        self.split, self.make_train_batch = split, make_train_batch
+    def __init__(self, split: str, make_train_batch: Any = random_batch, contexts: int = CONTEXTS):
+        self.split, self.make_train_batch, self.contexts = split, make_train_batch, contexts
         self.steps_per_epoch = HELDOUT_BATCHES if split == "heldout" else 10
         count = HELDOUT_BATCHES * CONTEXTS * QUESTIONS
         self.records = [FakeRecord(FAMILIES[index % 2]) for index in range(count)]
-        self.closed = False
 
     def iterator(self) -> FakeIterator:
         if self.split == "heldout":
             return FakeIterator(random_eval_batch, HELDOUT_BATCHES)
         return FakeIterator(self.make_train_batch, None)
 
-    def close(self) -> None:
-        self.closed = True
+    def empty_batch(self, shape: str) -> TrainBatch:
+        return random_batch(0, self.contexts)

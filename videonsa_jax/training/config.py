@@ -7,6 +7,11 @@ from videonsa_jax.configs import ModelConfig, tiny
 from videonsa_jax.data.config import DataConfig
 
 
+def _require(condition: bool, group: str, name: str, value: int | float, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{group}.{name} is {value}, expected {expected}")
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay (the paper's optimiser, App. B).
@@ -28,6 +33,13 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "eps", "max_grad_norm"):
+            _require(getattr(self, name) > 0, "optimizer", name, getattr(self, name), "more than 0")
+        for name in ("warmup_ratio", "warmup_start", "final_ratio", "beta1", "beta2"):
+            _require(0 <= getattr(self, name) <= 1, "optimizer", name, getattr(self, name), "0 to 1")
+        _require(self.weight_decay >= 0, "optimizer", "weight_decay", self.weight_decay, "at least 0")
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,12 @@ class TrainConfig:
     save_every: int = 500
     keep: int = 2
     tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulation", "log_every", "keep"):
+            _require(getattr(self, name) >= 1, "train", name, getattr(self, name), "at least 1")
+        for name in ("eval_every", "eval_contexts", "save_every"):
+            _require(getattr(self, name) >= 0, "train", name, getattr(self, name), "at least 0")
 
 
 @dataclass(frozen=True)

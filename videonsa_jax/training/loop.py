@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import time
@@ -21,7 +22,7 @@ from videonsa_jax.data.sources import DataError
 from videonsa_jax.streams import TrainBatch
 from videonsa_jax.training import checkpoints
 from videonsa_jax.training.config import Experiment
-from videonsa_jax.training.errors import UsageError, usage_errors
+from videonsa_jax.training.errors import usage_errors
 from videonsa_jax.training.heldout import evaluate
 from videonsa_jax.training.mesh import check_batch_size, make_mesh, place_batch, state_shardings
 from videonsa_jax.training.metrics import (
@@ -127,6 +128,7 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
 
     Raises:
       UsageError: the experiment cannot run as it is told.
+      DataError: too many samples could not be read; on one host, the state is saved.
       SystemExit: SIGTERM or Ctrl-C while there was nothing to save; its status is `preempt_exit_code`.
     """
     config, seed = experiment.train, experiment.seed
@@ -211,6 +213,9 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
             out_shardings=(shardings, replicated),
         )
         choose = TimedJit(functools.partial(choose_options, forward), out_shardings=replicated)
+        with usage_errors():  # an attention or kernel that does not cover this model says so when it is traced
+            example = place_batch(pipelines["train"].empty_batch(pipelines["train"].shapes[0]), mesh)
+            jax.eval_shape(forward, shapes.params, example.inputs)
 
         def compile_seconds() -> float:
             return add_batch.seconds + update.seconds + choose.seconds
@@ -227,7 +232,9 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
             if config.eval_contexts:
                 batches = min(batches, math.ceil(config.eval_contexts / experiment.data.contexts_per_batch))
             start, compiled_before = time.perf_counter(), choose.seconds
-            right = evaluate(choose, state.params, pipelines["heldout"], mesh, batches=batches, stopped=stop.agreed)
+            with contextlib.closing(pipelines["heldout"].iterator()) as questions:
+                first = itertools.islice(questions, batches)
+                right = evaluate(choose, state.params, first, mesh, stopped=stop.agreed)
             spent["evaluation_seconds"] += time.perf_counter() - start - (choose.seconds - compiled_before)
             if not right or stop.agreed():
                 return None
@@ -261,9 +268,10 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
             start, compiled_before = time.perf_counter(), compile_seconds()
             try:
                 fetched = reading.result()
-            except DataError as error:
-                save()
-                raise UsageError(f"{error} (stopped after step {step}, saved)") from error
+            except DataError:
+                if jax.process_count() == 1:  # saving takes all hosts, and the others did not fail
+                    save()
+                raise
             waiting = time.perf_counter() - start
             reading = read() if step + 1 < config.steps else None  # one step ahead, while the devices work
 
@@ -274,7 +282,7 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
             state, metrics = update(state, sums)
             metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
 
-            if not metrics["finite"]:
+            if not metrics.pop("finite"):
                 save()  # `state` and `iterator_state` are still those before this step
                 manager.wait_until_finished()
                 progress.say(

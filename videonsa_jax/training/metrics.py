@@ -1,12 +1,13 @@
 """What a run says while it runs: JSON lines always, TensorBoard files on request, a progress bar or plain lines."""
 
+import io
 import json
 import math
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
@@ -56,7 +57,7 @@ class MetricsWriter:
             self._board = SummaryWriter(str(workdir / "tensorboard"))
         self._jsonl = (workdir / METRICS_FILE).open("a")
 
-    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+    def write(self, kind: str, step: int, values: Mapping[str, int | float]) -> None:
         """Appends one line; values that JSON has no number for (nan, inf) are written as strings."""
         if self._jsonl is None:
             return
@@ -113,7 +114,7 @@ def _duration(seconds: float) -> str:
 class Progress:
     """A bar on a terminal, a line per metric line in a log; silent on all processes but the first."""
 
-    def __init__(self, total: int, done: int, *, enabled: bool = True, stream: TextIO | None = None):
+    def __init__(self, total: int, done: int, *, enabled: bool = True, stream: io.TextIOBase | None = None):
         """Shows a run of `total` steps of which `done` are done; `stream` defaults to stderr."""
         self._stream = sys.stderr if stream is None else stream
         self._enabled, self._total = enabled, total
@@ -134,7 +135,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update()
 
-    def show(self, step: int, values: Mapping[str, float]) -> None:
+    def show(self, step: int, values: Mapping[str, int | float]) -> None:
         """Shows a metric line's values."""
         rate = f"{values['visual_tokens_per_second']:,.0f}+{values['text_tokens_per_second']:,.0f} tok/s"
         if self._bar is not None:

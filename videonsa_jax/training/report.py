@@ -139,7 +139,7 @@ def _plot(path: Path, report: Mapping[str, Any], metrics: Sequence[Mapping[str, 
         for place, row in zip(places, rows.values(), strict=True):
             label = "chance" if place == 0 else None
             accuracy_axes.hlines(row["chance"], place - 0.45, place + 0.45, "C3", linestyles="dashed", label=label)
-        names = [f"{name}\nn={row['n']}" for name, row in rows.items()]
+        names = [f"{name} ({row['n']})" for name, row in rows.items()]
         accuracy_axes.set_xticks(places, names, rotation=30, ha="right")
         accuracy_axes.set(ylim=(0, 1), ylabel="accuracy, 95 % Wilson interval", title="held-out accuracy")
         accuracy_axes.legend()

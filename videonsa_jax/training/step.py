@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from videonsa_jax.configs import ModelConfig
 from videonsa_jax.data.examples import EvalBatch
 from videonsa_jax.models import VideoNSA
-from videonsa_jax.streams import Batch, TrainBatch, register_pytree
+from videonsa_jax.streams import ArrayLike, Batch, TrainBatch, register_pytree
 from videonsa_jax.training.config import TrainConfig
 
 type Params = dict[str, Any]
@@ -74,7 +74,7 @@ class Rows:
       finite: whether the row's loss is.
     """
 
-    sample_ids: Int[Array, "B Q"]
+    sample_ids: Int[ArrayLike, "B Q"]
     finite: Bool[Array, "B Q"]
 
 

@@ -1,0 +1,36 @@
+"""Prints the losses of a short run on eight CPU devices, for each mesh named on the command line (a script)."""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+
+import dataclasses
+
+import jax
+from training_fakes import FakePipeline, random_batch, tiny_experiment
+
+from videonsa_jax.training import loop, mesh
+from videonsa_jax.training.config import MeshConfig
+
+mesh.MIN_SHARDED_SIZE = 1  # the model is small: shard what can be
+loop.build_pipeline = lambda *_, split, **__: FakePipeline(split, lambda index: random_batch(index, 8), 8)
+make_mesh = mesh.make_mesh
+results = {}
+for name in sys.argv[1:]:
+    axis, size = name.split("=")
+    loop.make_mesh = lambda config, count=int(size): make_mesh(config, jax.devices()[:count])
+    experiment = tiny_experiment(steps=3)
+    experiment = dataclasses.replace(
+        experiment,
+        mesh=MeshConfig(**({"data": 1} | {axis: int(size)})),
+        data=dataclasses.replace(experiment.data, contexts_per_batch=8, heldout=""),
+    )
+    with tempfile.TemporaryDirectory() as workdir:
+        assert loop.train(experiment, Path(workdir)) == 0
+        lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    results[name] = [(line["loss"], line["grad_norm"]) for line in lines]
+print(json.dumps(results))
