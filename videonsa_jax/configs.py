@@ -222,7 +222,7 @@ def qwen2_5_vl_72b() -> ModelConfig:
     return _qwen2_5_vl(8192, 29_568, 80, 64, 8, vocab=152_064)
 
 
-def tiny(vocab_size: int = 1024) -> ModelConfig:
+def tiny(vocab_size: int = 640) -> ModelConfig:
     """A model of under a million parameters for CPUs and tests; G = 4, its NSA scaled down to a few hundred tokens."""
     return ModelConfig(
         vision=VisionConfig(
@@ -243,7 +243,6 @@ def tiny(vocab_size: int = 1024) -> ModelConfig:
             head_dim=32,
             rope_theta=10_000.0,
             mrope_section=(6, 5, 5),
-            tie_word_embeddings=True,
         ),
         nsa=NSAConfig(block_size=16, block_count=5, window_size=32),
     )

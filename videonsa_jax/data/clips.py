@@ -28,7 +28,7 @@ from videonsa_jax.data.scenes import SLOTS_PER_SECOND, Mark, Scene, paint
 from videonsa_jax.data.tokenizer import train_tokenizer
 
 # Raise it when the same configuration would give other files.
-_VERSION = 2
+_VERSION = 3
 
 _MIN_SIDE = 64
 _CLIPS_PER_WORKER = 16
@@ -59,8 +59,8 @@ def _check(config: ClipsConfig) -> None:
     require(config.seed >= 0, "seed", "a non-negative number")
     require(config.frame_side >= _MIN_SIDE, "frame_side", f"at least {_MIN_SIDE} pixels")
     require(config.render_workers >= 0, "render_workers", "a number of processes, or 0 for one per core")
-    multiples = len(config.seconds) > 0 and all(s > 0 and s % 4 == 0 for s in config.seconds)
-    require(multiples, "seconds", "one length or more, each a positive multiple of 4")
+    multiples = len(config.seconds) > 0 and all(s >= 8 and s % 4 == 0 for s in config.seconds)
+    require(multiples, "seconds", "one length or more, each a multiple of 4 from 8 on")
 
 
 def write_video(scene: Scene, path: Path) -> None:

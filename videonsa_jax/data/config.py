@@ -15,7 +15,7 @@ class ClipsConfig:
       heldout_clips: clips of the held-out split; other seeds, other scenes.
       seed: seeds every scene.
       frame_side: side in pixels of the square with a frame's area; resolutions and aspect ratios vary around it.
-      seconds: clip lengths in seconds, drawn uniformly; each a multiple of 4.
+      seconds: clip lengths in seconds, drawn uniformly; each a multiple of 4 from 8 on.
       render_workers: processes that render and encode; 0 = one per core.
     """
 
@@ -23,7 +23,7 @@ class ClipsConfig:
     heldout_clips: int = 800
     seed: int = 0
     frame_side: int = 128
-    seconds: tuple[int, ...] = (4, 8)
+    seconds: tuple[int, ...] = (8, 12)
     render_workers: int = 0
 
 
@@ -36,6 +36,7 @@ class DataConfig:
       heldout: "clips", or the JSON file of the held-out split; empty = none.
       video_root: folder that the JSON's video paths are relative to; empty = the JSON's own folder.
       tokenizer: path of a tokenizer.json; empty = the one trained for `clips`.
+      system_prompt: opens conversations that have none; empty = none.
       cache_dir: where made data is kept.
       fps: frames sampled per second of video.
       max_frames: upper limit of sampled frames; longer videos are sampled uniformly.
@@ -56,12 +57,13 @@ class DataConfig:
     heldout: str = "clips"
     video_root: str = ""
     tokenizer: str = ""
+    system_prompt: str = "You are a helpful assistant."
     cache_dir: str = "datasets"
     clips: ClipsConfig = ClipsConfig()
     fps: float = 4.0
     max_frames: int = 768
     min_pixels: int = 3136
-    max_pixels: int = 12_544
+    max_pixels: int = 7_056
     max_visual_tokens: int = 131_072
     max_text_tokens: int = 512
     buckets: tuple[int, ...] = ()

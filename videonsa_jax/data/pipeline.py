@@ -10,6 +10,7 @@ filled up with zero-weight rows, and the batches of all buckets are permuted. A 
 import hashlib
 import logging
 import os
+import threading
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ Split = Literal["train", "heldout"]
 _ENDLESS = 2**40  # steps of a training split: any number no run reaches
 _MAX_THREADS = 8
 _WORKER_BUFFER = 2  # batches
+_CLOSE_SECONDS = 5.0
 _SHARED_MEMORY_FROM = 2**16  # bytes; smaller arrays travel faster through the queue
 _STATE_VERSION = 1
 
@@ -248,7 +250,11 @@ class DataIterator:
     def close(self) -> None:
         """Ends loader threads and processes."""
         if self._source is not None:
-            self._source.close()
+            # grain ends a worker that may be in the middle of a message and then waits for the rest of it, for ever
+            # (0.2.18, process_prefetch.py). The workers are gone by then; what is left is a daemon thread's wait.
+            closing = threading.Thread(target=self._source.close, daemon=True)
+            closing.start()
+            closing.join(_CLOSE_SECONDS)
             self._source = None
 
     def _open(self) -> Iterator[dict]:
@@ -369,7 +375,7 @@ def build_pipeline(
     _check(config, process_index, process_count)
     answered = split == "train"
     path, root, tokenizer = _files(config, split)
-    chat = load_chat(tokenizer)
+    chat = load_chat(tokenizer, system_prompt=config.system_prompt)
     if chat.vocab_size > model.text.vocab_size:
         raise DataError(
             f"{tokenizer}: {chat.vocab_size} tokens, expected at most the model's vocab_size {model.text.vocab_size}"

@@ -13,7 +13,7 @@ import numpy as np
 
 from videonsa_jax.data import scenes
 from videonsa_jax.data.config import ClipsConfig
-from videonsa_jax.data.scenes import Ball, Box, Card, Edge, Needle, Scene, Still, Thing
+from videonsa_jax.data.scenes import Axis, Ball, Box, Card, Edge, Needle, Scene, Still, Thing
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
@@ -24,7 +24,6 @@ QUARTER_NAMES = ("first", "second", "third", "fourth")
 COUNT_NAMES = ("one", "two", "three", "four")
 DIRECTIONS = ("left", "right", "up", "down")
 RELATIONS = ("left", "right", "above", "below")
-_OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 _TEXTS: dict[Family, str] = {
     "colour": "What colour is the {shape}?",
@@ -32,13 +31,13 @@ _TEXTS: dict[Family, str] = {
     "order": "Which shape appears {end}?",
     "text": "What does the {colour} card say?",
     "count": "How many times does the edge flash {colour}?",
-    "speed": "How fast does the {colour} ball circle?",
-    "direction": "Which way does the {colour} box slide {end}?",
-    "spatial": "Where is the {shape} relative to the {other}?",
+    "speed": "How fast does the ball circle?",
+    "direction": "Which way does the box slide {end}?",
+    "spatial": "Where is the {colour} shape relative to the {other} one?",
 }
 
-# Of ten clips four have flashes, three balls and three boxes.
-_KINDS = ("flashes", "balls", "flashes", "boxes", "flashes", "balls", "boxes", "flashes", "balls", "boxes")
+# A clip of flashes carries eight questions, one of a ball or a box two or three.
+_KINDS = ("flashes", "balls", "boxes")
 _ASPECTS = ((1, 1), (4, 3), (3, 4), (16, 9), (9, 16))
 _FRAME_RATES = (8, 12, 16, 24)
 # Longer clips would spend most of their rendering on repeated frames.
@@ -82,9 +81,9 @@ def corpus() -> list[str]:
     asked += [(_ask("order", end=end), shapes) for end in ends]
     asked += [(_ask("text", colour="white"), scenes.WORDS)]
     asked += [(_ask("count", colour="orange"), COUNT_NAMES)]
-    asked += [(_ask("speed", colour=colour), tuple(scenes.SPEEDS)) for colour in colours]
-    asked += [(_ask("direction", colour=colour, end=end), DIRECTIONS) for colour in colours for end in ends]
-    asked += [(_ask("spatial", shape=a, other=b), RELATIONS) for a, b in permutations(scenes.STILL_SHAPES, 2)]
+    asked += [(_ask("speed"), tuple(scenes.SPEEDS))]
+    asked += [(_ask("direction", end=end), DIRECTIONS) for end in ends]
+    asked += [(_ask("spatial", colour=scenes.STILL_COLOURS[0], other=scenes.STILL_COLOURS[1]), RELATIONS)]
     return ["\n".join((text, "Options:", *options)) for text, options in asked]
 
 
@@ -134,24 +133,17 @@ def _needle_ranks(dealer: _Dealer) -> tuple[list[int], tuple[int, int]]:
     return [quarters[0]] * 2 + [quarters[1]] * 2, (ranks[0], ranks[1])
 
 
-def _needle_onsets(dealer: _Dealer, quarters: list[int], slots: int) -> list[int]:
-    quarter_slots = slots // scenes.QUARTERS
-    room = quarter_slots - scenes.needle_slots(slots)
-    onsets: list[int] = []
-    for quarter in sorted(set(quarters)):
-        if quarters.count(quarter) == 1:
-            within = [int(dealer.rng.integers(room + 1))]
-        else:
-            # Two slots apart: a visual token spans two frames.
-            pairs = [(a, b) for a in range(room + 1) for b in range(a + 2, room + 1)]
-            within = list(pairs[dealer.rng.integers(len(pairs))])
-        onsets += [quarter * quarter_slots + onset for onset in within]
-    return onsets
+def _take_places(dealer: _Dealer, free: set[int], quarter: int, count: int, places: int) -> list[int]:
+    """`count` free places of a quarter, ascending, no longer free."""
+    of_quarter = [place for place in sorted(free) if place // (places // scenes.QUARTERS) == quarter]
+    taken = sorted(dealer.pick(of_quarter, count))
+    free.difference_update(taken)
+    return taken
 
 
 def _edges(dealer: _Dealer, count: int, slots: int) -> list[Edge]:
     """`count` orange flashes and one to four cyan ones, at most one of a colour in a quarter, a gap between any two."""
-    length, quarter_slots = scenes.edge_slots(slots), slots // scenes.QUARTERS
+    length, quarter_slots = scenes.EDGE_SLOTS, slots // scenes.QUARTERS
     onsets = range(1, quarter_slots - length)
     quarters = list(range(scenes.QUARTERS))
     flashes = {"orange": dealer.pick(quarters, count), "cyan": dealer.pick(quarters, int(dealer.rng.integers(1, 5)))}
@@ -168,9 +160,15 @@ def _edges(dealer: _Dealer, count: int, slots: int) -> list[Edge]:
 
 
 def _flashes(dealer: _Dealer, slots: int) -> tuple[list[Thing], list[Question]]:
-    length, quarter_slots = scenes.needle_slots(slots), slots // scenes.QUARTERS
+    length, places = scenes.needle_slots(slots), scenes.needle_places(slots)
     quarters, timed = _needle_ranks(dealer)
-    onsets = _needle_onsets(dealer, quarters, slots)
+    free = set(range(places))
+    needle_places = [
+        place
+        for quarter in sorted(set(quarters))
+        for place in _take_places(dealer, free, quarter, quarters.count(quarter), places)
+    ]
+    card_places = dealer.pick(sorted(free), 2)
 
     first, last = dealer.deal("order", list(permutations(scenes.SHAPES, 2)))
     shapes = [first, *dealer.pick([shape for shape in scenes.SHAPES if shape not in (first, last)], 2), last]
@@ -180,18 +178,13 @@ def _flashes(dealer: _Dealer, slots: int) -> tuple[list[Thing], list[Question]]:
     colours = [dealt_colours[coloured.index(rank)] if rank in coloured else next(other_colours) for rank in range(4)]
 
     words = dealer.deal("text", list(permutations(scenes.WORDS, 2)))
-    card_quarters = dealer.rng.integers(scenes.QUARTERS, size=2).tolist()
-    card_onsets = [q * quarter_slots + int(dealer.rng.integers(quarter_slots - length + 1)) for q in card_quarters]
-
-    # Things of one quarter may show at once, so they stand in different quadrants.
-    free = {quarter: dealer.pick(range(4), 4) for quarter in range(scenes.QUARTERS)}
     needles = [
-        Needle(shape, colour, free[quarter].pop(), *dealer.place(), onset, length)
-        for shape, colour, quarter, onset in zip(shapes, colours, quarters, onsets, strict=True)
+        Needle(shape, colour, *dealer.place(), place * length, length)
+        for shape, colour, place in zip(shapes, colours, needle_places, strict=True)
     ]
     cards = [
-        Card(word, colour, free[quarter].pop(), *dealer.place(), onset, length)
-        for word, colour, quarter, onset in zip(words, ("white", "yellow"), card_quarters, card_onsets, strict=True)
+        Card(word, colour, *dealer.place(), place * length, length)
+        for word, colour, place in zip(words, ("white", "yellow"), card_places, strict=True)
     ]
     count = dealer.deal("count", [1, 2, 3, 4])
     edges = _edges(dealer, count, slots)
@@ -211,8 +204,8 @@ def _flashes(dealer: _Dealer, slots: int) -> tuple[list[Thing], list[Question]]:
     return [*needles, *cards, *edges], questions
 
 
-def _stills(dealer: _Dealer) -> tuple[list[Still], list[Question], list[tuple[str, int]]]:
-    """Two shapes side by side or one above the other, their questions, two colours and quadrants that they leave."""
+def _stills(dealer: _Dealer) -> tuple[list[Still], Question, int]:
+    """Two shapes side by side or one above the other, the question about them, and a quadrant that they leave."""
     relation = dealer.deal("spatial", RELATIONS)
     if relation in ("left", "right"):
         quadrants = [(0, 1), (2, 3)][dealer.rng.integers(2)]
@@ -220,55 +213,40 @@ def _stills(dealer: _Dealer) -> tuple[list[Still], list[Question], list[tuple[st
         quadrants = [(0, 2), (1, 3)][dealer.rng.integers(2)]
     if relation in ("right", "below"):
         quadrants = quadrants[::-1]
-    shapes, colours = dealer.pick(scenes.STILL_SHAPES, 2), dealer.pick(list(scenes.COLOURS), 4)
-    stills = [Still(*look, *dealer.place()) for look in zip(shapes, colours[:2], quadrants, strict=True)]
-    questions = [
-        dealer.question("spatial", _ask("spatial", shape=shapes[0], other=shapes[1]), relation, RELATIONS),
-        dealer.question("spatial", _ask("spatial", shape=shapes[1], other=shapes[0]), _OPPOSITE[relation], RELATIONS),
+    shapes = dealer.pick(scenes.STILL_SHAPES, 2)
+    stills = [
+        Still(shape, colour, quadrant, *dealer.place())
+        for shape, colour, quadrant in zip(shapes, scenes.STILL_COLOURS, quadrants, strict=True)
     ]
-    left = dealer.pick([quadrant for quadrant in range(4) if quadrant not in quadrants], 2)
-    return stills, questions, list(zip(colours[2:], left, strict=True))
+    text = _ask("spatial", colour=scenes.STILL_COLOURS[0], other=scenes.STILL_COLOURS[1])
+    question = dealer.question("spatial", text, relation, RELATIONS)
+    left = dealer.pick([quadrant for quadrant in range(len(scenes.QUADRANTS)) if quadrant not in quadrants], 1)
+    return stills, question, left[0]
 
 
 def _balls(dealer: _Dealer, _slots: int) -> tuple[list[Thing], list[Question]]:
-    stills, spatial, left = _stills(dealer)
-    speeds = dealer.deal("speed", list(product(scenes.SPEEDS, repeat=2)))
-    balls = [
-        Ball(
-            colour,
-            quadrant,
-            phase=int(dealer.rng.integers(scenes.RING_STEPS)),
-            step=scenes.SPEEDS[speed] * int(dealer.rng.choice((-1, 1))),
-        )
-        for (colour, quadrant), speed in zip(left, speeds, strict=True)
-    ]
-    questions = [
-        dealer.question("speed", _ask("speed", colour=colour), speed, tuple(scenes.SPEEDS))
-        for (colour, _), speed in zip(left, speeds, strict=True)
-    ]
-    return [*balls, *stills], questions + spatial
+    stills, spatial, quadrant = _stills(dealer)
+    speed = dealer.deal("speed", list(scenes.SPEEDS))
+    phase, sense = int(dealer.rng.integers(scenes.RING_STEPS)), int(dealer.rng.choice((-1, 1)))
+    ball = Ball(scenes.MOVER_COLOUR, quadrant, phase, sense * scenes.SPEEDS[speed])
+    return [ball, *stills], [dealer.question("speed", _ask("speed"), speed, tuple(scenes.SPEEDS)), spatial]
 
 
 def _boxes(dealer: _Dealer, _slots: int) -> tuple[list[Thing], list[Question]]:
-    stills, spatial, left = _stills(dealer)
-    directions = dealer.deal("direction", list(product(DIRECTIONS, repeat=2)))
-    boxes: list[Box] = []
-    questions: list[Question] = []
-    for (colour, quadrant), direction in zip(left, directions, strict=True):
-        end = ("first", "last")[dealer.rng.integers(2)]
-        horizontal, vertical = (int(sign) for sign in dealer.rng.choice((-1, 1), 2))
-        if direction in ("left", "right"):
-            horizontal = -1 if direction == "left" else 1
-        else:
-            vertical = -1 if direction == "up" else 1
-        first = "horizontal" if (direction in ("left", "right")) == (end == "first") else "vertical"
-        # A row or column in which the box lies whole.
-        lanes = dealer.rng.integers(scenes.TRACK_STEPS - scenes.BOX_STEPS + 1, size=2).tolist()
-        starts = dealer.rng.integers(scenes.TRACK_STEPS, size=2).tolist()
-        boxes.append(Box(colour, quadrant, first, horizontal, vertical, *lanes, *starts))
-        text = _ask("direction", colour=colour, end=end)
-        questions.append(dealer.question("direction", text, direction, DIRECTIONS))
-    return [*boxes, *stills], questions + spatial
+    stills, spatial, quadrant = _stills(dealer)
+    axes: tuple[Axis, ...] = ("horizontal", "vertical")
+    first, horizontal, vertical = dealer.deal("direction", list(product(axes, (-1, 1), (-1, 1))))
+    # A row or column in which the box lies whole.
+    lanes = dealer.rng.integers(scenes.TRACK_STEPS - scenes.BOX_STEPS + 1, size=2).tolist()
+    starts = dealer.rng.integers(scenes.TRACK_STEPS, size=2).tolist()
+    box = Box(scenes.MOVER_COLOUR, quadrant, first, horizontal, vertical, *lanes, *starts)
+    ways = ["left" if horizontal < 0 else "right", "up" if vertical < 0 else "down"]
+    ways = ways if first == "horizontal" else ways[::-1]
+    asked = [
+        dealer.question("direction", _ask("direction", end=end), way, DIRECTIONS)
+        for end, way in zip(("first", "last"), ways, strict=True)
+    ]
+    return [box, *stills], [*asked, spatial]
 
 
 def _size(side: int, aspect: tuple[int, int]) -> tuple[int, int]:

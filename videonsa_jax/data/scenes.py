@@ -6,15 +6,14 @@ only, so that every rule that takes one frame from each slot, whatever the file'
 Each kind of scene has moves that reorder a clip's slots and yield another scene of the same kind, equally likely but
 with another answer. Nothing can then be read from the frames without their order:
 
-- flashes (needles, cards, edges): every thing lies within a quarter of the clip. Moves: permute the quarters, reverse
-  the slots of a quarter. Needles stand one to a quarter or two to each of two quarters; other groupings (2, 1, 1)
-  would let a model that sees two needles together guess better than chance which came first.
-- balls: each steps by an odd number of sixteenths of its ring. Move: multiply time by an odd number modulo 16, which
-  multiplies every ball's step by it.
-- boxes: each slides along one axis for half of the clip and along the other for the rest, with a period of 8 slots.
+- flashes (needles, cards, edges): every thing lies within a quarter of the clip; needles and cards have the frame to
+  themselves. Moves: permute the quarters, reverse the slots of a quarter.
+- balls: a ball steps by an odd number of sixteenths of its ring. Move: multiply time by an odd number modulo 16, which
+  multiplies the ball's step by it.
+- boxes: a box slides along one axis for half of the clip and along the other for the rest, with a period of 8 slots.
   Moves: exchange the halves, reverse a half.
 
-Balls and boxes never share a clip: with both, the joint frames would tell a ball's speed up to one bit.
+A ball and a box never share a clip: with both, the joint frames would tell the ball's speed up to one bit.
 """
 
 import math
@@ -44,13 +43,17 @@ COLOURS: dict[str, Rgb] = {
     "white": (255, 255, 255),
 }
 EDGE_COLOURS: dict[str, Rgb] = {"orange": (255, 135, 0), "cyan": (0, 205, 235)}
-SHAPES = ("star", "disc", "square", "triangle", "cross", "ring")
-# A disc looks like a ball and a square like a box.
+SHAPES = ("disc", "ring", "cross", "triangle")
+# A disc looks like a ball.
 STILL_SHAPES = ("star", "triangle", "cross", "ring")
+# The two still shapes that spatial questions ask about; the ball and the box are white.
+STILL_COLOURS = ("red", "blue")
+MOVER_COLOUR = "white"
 WORDS = ("CAT", "DOG", "SUN", "MAP", "KEY", "JET", "FOX", "OWL")
 # Odd numbers of sixteenths of a turn per slot: coprime with the ring, so that every speed visits the same places.
 SPEEDS = {"slow": 1, "medium": 3, "fast": 5, "racing": 7}
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
+WHOLE = len(QUADRANTS)  # beside the quadrants' numbers: the whole frame
 
 _BLACK = (0, 0, 0)
 _PANEL = (80, 80, 80)
@@ -68,11 +71,10 @@ class Mark(NamedTuple):
 
 @dataclass(frozen=True)
 class Needle:
-    """A shape shown once; `x`, `y` in [-1, 1] place it in its quadrant's free room."""
+    """A shape shown once, alone in the frame; `x`, `y` in [-1, 1] place it in the free room."""
 
     shape: str
     colour: str
-    quadrant: int
     x: float
     y: float
     onset: int
@@ -81,7 +83,7 @@ class Needle:
     def mark(self, slot: int, slots: int) -> Mark | None:
         """What shows in `slot` of a clip of `slots`."""
         shown = self.onset <= slot < self.onset + self.slots
-        return Mark(self.shape, COLOURS[self.colour], self.quadrant, self.x, self.y) if shown else None
+        return Mark(self.shape, COLOURS[self.colour], WHOLE, self.x, self.y) if shown else None
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,6 @@ class Card:
 
     word: str
     colour: str
-    quadrant: int
     x: float
     y: float
     onset: int
@@ -99,7 +100,7 @@ class Card:
     def mark(self, slot: int, slots: int) -> Mark | None:
         """What shows in `slot` of a clip of `slots`."""
         shown = self.onset <= slot < self.onset + self.slots
-        return Mark(self.word, COLOURS[self.colour], self.quadrant, self.x, self.y) if shown else None
+        return Mark(self.word, COLOURS[self.colour], WHOLE, self.x, self.y) if shown else None
 
 
 @dataclass(frozen=True)
@@ -208,25 +209,29 @@ class Scene:
 
 
 def needle_slots(slots: int) -> int:
-    """Slots a needle or card lasts in a clip of `slots`: at most an eighth, at most 2 s, at least 16 onsets."""
-    # With 2 slots of 16, a needle within its quarter would have 12 onsets.
-    return 1 if slots == 16 else min(slots // 8, 8)
+    """Slots a needle or card lasts in a clip of `slots`: at most a sixteenth, at most 2 s, whole pairs of frames."""
+    return min(2 * (slots // 32), 8)
 
 
-def edge_slots(slots: int) -> int:
-    """Slots that a flash of the edge lasts in a clip of `slots`."""
-    return 1 if slots == 16 else 2
+def needle_places(slots: int) -> int:
+    """Onsets a needle or card can have in a clip of `slots`; a quarter of them lie in each quarter of the clip."""
+    return QUARTERS * (slots // QUARTERS // needle_slots(slots))
+
+
+EDGE_SLOTS = 2
 
 
 def _margin(width: int, height: int) -> int:
     return max(4, round(0.06 * min(width, height)))
 
 
-def _quadrant(image: Image.Image, quadrant: int) -> tuple[float, float, float, float]:
-    """Centre x, centre y, width, height of a quadrant of the area within the edge."""
+def _region(image: Image.Image, quadrant: int) -> tuple[float, float, float, float]:
+    """Centre x, centre y, width, height of a quadrant of the area within the edge, or of all of that area."""
     margin = _margin(*image.size)
-    width, height = image.width / 2 - margin, image.height / 2 - margin
-    return margin + width * (quadrant % 2 + 0.5), margin + height * (quadrant // 2 + 0.5), width, height
+    width, height = float(image.width - 2 * margin), float(image.height - 2 * margin)
+    if quadrant == WHOLE:
+        return image.width / 2, image.height / 2, width, height
+    return margin + width * (quadrant % 2 + 0.5) / 2, margin + height * (quadrant // 2 + 0.5) / 2, width / 2, height / 2
 
 
 def _polygon(radius_at: Callable[[int], float], corners: int) -> list[tuple[float, float]]:
@@ -247,7 +252,7 @@ _CORNERS: dict[str, list[tuple[float, float]]] = {
 
 
 def _paint_shape(image: Image.Image, mark: Mark) -> None:
-    centre_x, centre_y, width, height = _quadrant(image, mark.quadrant)
+    centre_x, centre_y, width, height = _region(image, mark.quadrant)
     half = 0.38 * min(width, height)
     x = round(centre_x + mark.x * 0.8 * (width / 2 - half))
     y = round(centre_y + mark.y * 0.8 * (height / 2 - half))
@@ -261,7 +266,7 @@ def _paint_shape(image: Image.Image, mark: Mark) -> None:
 
 
 def _paint_card(image: Image.Image, mark: Mark) -> None:
-    centre_x, centre_y, width, height = _quadrant(image, mark.quadrant)
+    centre_x, centre_y, width, height = _region(image, mark.quadrant)
     card_width = min(0.96 * width, 1.5 * height)
     card_height = min(0.9 * height, 0.55 * card_width)
     x = round(centre_x + mark.x * 0.8 * (width - card_width) / 2)
@@ -280,7 +285,7 @@ def _paint_edge(image: Image.Image, mark: Mark) -> None:
 
 
 def _paint_ball(image: Image.Image, mark: Mark) -> None:
-    centre_x, centre_y, width, height = _quadrant(image, mark.quadrant)
+    centre_x, centre_y, width, height = _region(image, mark.quadrant)
     ring, ball = 0.34 * min(width, height), 0.16 * min(width, height)
     draw = ImageDraw.Draw(image)
     draw.ellipse((centre_x - ring, centre_y - ring, centre_x + ring, centre_y + ring), outline=_PANEL)
@@ -290,7 +295,7 @@ def _paint_ball(image: Image.Image, mark: Mark) -> None:
 
 
 def _paint_box(image: Image.Image, mark: Mark) -> None:
-    centre_x, centre_y, width, height = _quadrant(image, mark.quadrant)
+    centre_x, centre_y, width, height = _region(image, mark.quadrant)
     panel = round(0.9 * min(width, height))
     box = round(BOX_STEPS / TRACK_STEPS * panel)
     x, y = (round(place * panel / TRACK_STEPS) for place in (mark.x, mark.y))
@@ -301,7 +306,7 @@ def _paint_box(image: Image.Image, mark: Mark) -> None:
 
 
 _PAINTERS: dict[str, Callable[[Image.Image, Mark], None]] = {
-    **dict.fromkeys(SHAPES, _paint_shape),
+    **dict.fromkeys((*SHAPES, *STILL_SHAPES), _paint_shape),
     **dict.fromkeys(WORDS, _paint_card),
     "edge": _paint_edge,
     "ball": _paint_ball,

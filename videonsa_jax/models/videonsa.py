@@ -59,11 +59,13 @@ class VideoNSA(nnx.Module):
         text = config.text
         options = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         self.visual = VisionTower(config.vision, remat=remat, **options)
-        # 1/sqrt(hidden): tied logits start with variance 1, and at the published widths it is Qwen's own 0.02.
+        # Tied logits start with variance 1. An untied embedding starts at the scale of what the merger and the layers
+        # write into the stream, so that a token's identity is not drowned by the first layer's output.
+        embedding_scale = text.hidden_size**-0.5 if text.tie_word_embeddings else 1.0
         self.embed_tokens = nnx.Embed(
             text.vocab_size,
             text.hidden_size,
-            embedding_init=nnx.initializers.normal(text.hidden_size**-0.5),
+            embedding_init=nnx.initializers.normal(embedding_scale),
             **options,
         )
         self.decoder = Decoder(text, config.nsa, remat=remat, **options)
