@@ -87,6 +87,7 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint(tmp_path: Path) -> N
     assert "1" in killed.stdout
     manager = checkpoints.open_checkpoints(tmp_path, keep=1)
     assert manager.latest_step() == 1
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]  # the torn one is cleared away
     state = {"weights": jax.ShapeDtypeStruct((64, 2**18), jnp.float32), "step": jax.ShapeDtypeStruct((), jnp.int32)}
     shardings = state_shardings(state, make_mesh(MeshConfig(), jax.devices()[:1]))
     restored, _ = checkpoints.restore(manager, 1, state, shardings)

@@ -1,5 +1,6 @@
 """Checkpoints: state, data iterator and config together, a folder per step that is renamed into place when whole."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -33,8 +34,12 @@ FREE_FIELDS = (
 
 def open_checkpoints(workdir: Path, keep: int) -> ocp.CheckpointManager:
     """The checkpoints of a run; what a killed save left behind is removed."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-    return ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
+    folder = (workdir / "checkpoints").resolve()
+    if jax.process_index() == 0:
+        # Orbax's own clearing runs in a thread that an early exit breaks off with a traceback.
+        for torn in folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(torn)
+    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
 
 
 def config_dict(config: Any) -> dict[str, Any]:
