@@ -1,6 +1,8 @@
 """The import direction: experiments -> videonsa_jax -> pallas_kernels -> jax, and nothing points back."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,23 @@ def test_a_violation_is_seen(tmp_path: Path) -> None:
     package.mkdir()
     (package / "bad.py").write_text("from videonsa_jax import configs\n")
     assert _violations(package, FORBIDDEN["pallas_kernels"]) == ["pallas_kernels/bad.py imports videonsa_jax.configs"]
+
+
+@pytest.mark.parametrize("module", ["videonsa_jax.data.pipeline", "videonsa_jax.streams"])
+def test_loader_processes_import_neither_flax_nor_the_kernels(module: str) -> None:
+    code = (
+        f"import sys, {module}\n"
+        "assert not {'flax', 'optax', 'pallas_kernels', 'videonsa_jax.models'} & set(sys.modules)\n"
+        "import videonsa_jax\n"
+        "assert set(videonsa_jax.__all__) <= set(dir(videonsa_jax)) and 'flax' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_package_hands_out_all_its_names() -> None:
+    import videonsa_jax
+
+    assert all(hasattr(videonsa_jax, name) for name in videonsa_jax.__all__)
+    with pytest.raises(AttributeError, match=r"module 'videonsa_jax' has no attribute 'VideoNsa'"):
+        _ = videonsa_jax.VideoNsa
