@@ -148,12 +148,16 @@ class NSAConfig:
             _require(getattr(self, name) >= 1, "NSAConfig", f"{name} is {getattr(self, name)}, expected at least 1")
         _require(self.gate_temperature > 0, "NSAConfig", f"gate_temperature is {self.gate_temperature}, expected > 0")
         _require(
-            self.init_blocks >= 0
-            and self.local_blocks >= 0
-            and self.init_blocks + self.local_blocks <= self.block_count,
+            self.init_blocks >= 0 and self.local_blocks >= 0,
             "NSAConfig",
-            f"init_blocks {self.init_blocks} and local_blocks {self.local_blocks} must be non-negative and sum to "
-            f"at most block_count {self.block_count}",
+            f"init_blocks is {self.init_blocks} and local_blocks {self.local_blocks}, expected neither below 0",
+        )
+        forced = self.init_blocks + max(self.local_blocks, 1)
+        _require(
+            forced <= self.block_count,
+            "NSAConfig",
+            f"init_blocks {self.init_blocks} and local_blocks {self.local_blocks} (the current block counts as one) "
+            f"add up to {forced}, expected at most block_count {self.block_count}",
         )
         _require(
             set(self.branches) <= set(BRANCHES) and len(set(self.branches)) == len(self.branches),
@@ -223,7 +227,7 @@ def qwen2_5_vl_72b() -> ModelConfig:
 
 
 def tiny(vocab_size: int = 640) -> ModelConfig:
-    """A model of under a million parameters for CPUs and tests; G = 4, its NSA scaled down to a few hundred tokens."""
+    """A model of about a million parameters for CPUs and tests; G = 4, its NSA scaled down to a few hundred tokens."""
     return ModelConfig(
         vision=VisionConfig(
             depth=2,

@@ -133,8 +133,19 @@ def test_parameters_of_the_published_sizes():
     assert _count(_parameters(dataclasses.replace(configs.qwen2_5_vl_3b(), nsa=None))) == 3_754_622_976
 
 
-def test_tiny_is_under_a_million_parameters():
-    assert _count(_parameters(configs.tiny())) < 1_000_000
+def test_tiny_has_about_a_million_parameters():
+    assert 900_000 < _count(_parameters(configs.tiny())) < 1_100_000
+
+
+def test_forced_blocks_must_fit_the_block_count():
+    """As the kernels have it: the current block takes a place even where local_blocks is 0."""
+    with pytest.raises(ValueError, match=r"NSAConfig: init_blocks 2 and local_blocks 0 .* add up to 3, expected at "):
+        configs.NSAConfig(block_count=2, init_blocks=2, local_blocks=0)
+    with pytest.raises(ValueError, match=r"NSAConfig: .* add up to 4, expected at most block_count 3"):
+        configs.NSAConfig(block_count=3, init_blocks=2, local_blocks=2)
+    with pytest.raises(ValueError, match=r"NSAConfig: init_blocks is -1 and local_blocks 1, expected neither below 0"):
+        configs.NSAConfig(init_blocks=-1)
+    configs.NSAConfig(block_count=2, init_blocks=1, local_blocks=0)
 
 
 def test_initial_weights():
