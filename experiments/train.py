@@ -11,6 +11,9 @@ loss or gradient that is not finite (the state before it is saved), 75 stopped b
 """
 
 import argparse
+import contextlib
+import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +23,7 @@ import jax
 from experiments import configs
 from experiments.overrides import apply_overrides
 from videonsa_jax.data.sources import DataError
-from videonsa_jax.training.config import Experiment
+from videonsa_jax.training.config import Experiment, MeshConfig
 from videonsa_jax.training.errors import UsageError, usage_errors
 from videonsa_jax.training.loop import EXIT_DONE, EXIT_PREEMPTED, train
 
@@ -68,6 +71,21 @@ def _join_processes(address: str) -> None:
     return jax.distributed.initialize(coordinator, int(numbers[0]), int(numbers[1]))
 
 
+def _use_all_cores(experiment: Experiment) -> None:
+    """Splits the CPU into devices that share each batch: XLA runs a small model's step on little more than one core.
+
+    Nothing changes for accelerators, for a mesh that says something else, or where XLA_FLAGS count the devices.
+    """
+    counted = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if counted or experiment.mesh != MeshConfig() or jax.config.jax_num_cpu_devices > 0:
+        return
+    contexts = experiment.data.contexts_per_batch
+    with contextlib.suppress(RuntimeError):  # the devices are in use already, in a caller's process
+        jax.config.update(
+            "jax_num_cpu_devices", max(math.gcd(contexts, n) for n in range(1, (os.cpu_count() or 1) + 1))
+        )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = _parser().parse_args(arguments)
@@ -81,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.multihost is not None:
             with usage_errors():
                 _join_processes(options.multihost)
+        else:
+            _use_all_cores(experiment)
         workdir = options.workdir or Path("runs") / options.config
         return train(experiment, workdir, preempt_exit_code=options.preempt_exit_code)
     except (UsageError, DataError) as error:

@@ -70,7 +70,7 @@ def _small_model() -> ModelConfig:
 
 @register
 def nsa_video_small() -> Experiment:
-    """A 30 M parameter model with the 7B model's attention geometry, on 16 and 24 second clips (2 and 3 K visual tokens).
+    """30 M parameters in the 7B model's attention geometry, on 16 and 24 second clips (2 and 3 K visual tokens).
 
     Command: python -m experiments.train --config=nsa_video_small
     Hardware: one GPU or TPU chip; bfloat16 activations.

@@ -77,61 +77,40 @@ def send_at_step(process: subprocess.Popen, workdir: Path, step: int, number: si
     process.send_signal(number)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(folder: Path) -> Path:
+def test_a_run_that_was_killed_and_stopped_ends_like_one_that_was_not(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, parts = folder / "whole", folder / "parts"
     expect_status(start(folder, "whole"), 0)
-    return folder / "whole"
-
-
-def test_a_run_that_was_killed_and_stopped_has_the_losses_of_one_that_was_not(
-    folder: Path, uninterrupted: Path
-) -> None:
-    workdir = folder / "parts"
     killed = start(folder, "parts")
-    send_at_step(killed, workdir, 5, signal.SIGKILL)
+    send_at_step(killed, parts, 5, signal.SIGKILL)
     expect_status(killed, -signal.SIGKILL)
-    assert not (workdir / "report.json").exists()
+    assert not (parts / "report.json").exists()
     stopped = start(folder, "parts")
-    send_at_step(stopped, workdir, 7, signal.SIGTERM)
+    send_at_step(stopped, parts, 7, signal.SIGTERM)
     expect_status(stopped, 75)
-    assert max(losses(workdir)) < STEPS
+    assert max(losses(parts)) < STEPS
     expect_status(start(folder, "parts"), 0)
-    assert losses(workdir) == losses(uninterrupted)
-    assert list(losses(workdir)) == list(range(1, STEPS + 1))
-    accuracy = [json.loads((run / "report.json").read_text())["accuracy"] for run in (workdir, uninterrupted)]
-    assert accuracy[0] == accuracy[1]
+    assert list(losses(parts)) == list(range(1, STEPS + 1))
+    assert losses(parts) == losses(whole)
+    reports = [json.loads((run / "report.json").read_text()) for run in (parts, whole)]
+    assert reports[0]["accuracy"] == reports[1]["accuracy"]
 
-
-def test_training_learns_and_reports(uninterrupted: Path) -> None:
-    lines = losses(uninterrupted)
-    assert np.mean([lines[step][0] for step in (10, 11, 12)]) < 0.8 * lines[1][0]
-    report = json.loads((uninterrupted / "report.json").read_text())
+    # What the run left: it learned, and its report adds up.
+    assert np.mean([losses(whole)[step][0] for step in (10, 11, 12)]) < 0.8 * losses(whole)[1][0]
+    report = reports[1]
     assert report["steps"] == STEPS
-    assert report["accuracy"]["overall"]["n"] == sum(row["n"] for row in report["accuracy"]["families"].values())
-    assert report["accuracy"]["overall"]["n"] >= 8
+    assert report["accuracy"]["overall"]["n"] == sum(row["n"] for row in report["accuracy"]["families"].values()) > 0
     assert report["versions"]["jax"]
-    assert (uninterrupted / "report.png").stat().st_size > 10_000
+    assert (whole / "report.png").stat().st_size > 10_000
 
-
-def test_a_complete_run_is_left_alone(folder: Path, uninterrupted: Path) -> None:
-    before = (uninterrupted / "report.json").stat().st_mtime_ns
+    # A complete run is left alone; another config is refused.
+    before = (whole / "report.json").stat().st_mtime_ns
     assert main(arguments(folder, "whole")) == 0
-    assert (uninterrupted / "report.json").stat().st_mtime_ns == before
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"train.steps": "13"}, "train.steps was 12 and is 13"),
-        ({"optimizer.beta1": "0.8"}, "optimizer.beta1 was 0.9 and is 0.8"),
-        ({"seed": "1", "data.fps": "2"}, "data.fps was 4.0 and is 2.0; seed was 0 and is 1"),
-    ],
-)
-def test_a_folder_of_another_run_is_refused(
-    folder: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str], changes: dict, message: str
-) -> None:
-    assert main(arguments(folder, "whole", **changes)) == 2
-    assert message in capsys.readouterr().err
+    assert (whole / "report.json").stat().st_mtime_ns == before
+    capsys.readouterr()
+    assert main(arguments(folder, "whole", **{"seed": 1, "data.fps": 2})) == 2
+    assert "data.fps was 4.0 and is 2.0; seed was 0 and is 1; use another --workdir" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -153,14 +132,14 @@ def test_a_folder_of_another_run_is_refused(
     ],
 )
 def test_what_a_user_can_mend_is_said_in_one_sentence(
-    folder: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str], command: list[str], message: str
+    folder: Path, capsys: pytest.CaptureFixture[str], command: list[str], message: str
 ) -> None:
     clips = [setting for setting in arguments(folder, "") if "clips" in setting or "cache_dir" in setting]
     assert main([*command[:1], *clips, *command[1:], f"--workdir={folder / 'wrong'}"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: ")
+    assert said.splitlines()[-1].startswith("error: ")
     assert message in said
-    assert said.count("\n") == 1
+    assert said.count("\n") == 1 + said.count("making clips")
 
 
 def test_debug_shows_where_an_error_comes_from(folder: Path) -> None:
@@ -182,7 +161,8 @@ def test_a_command_without_a_config_is_refused(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_stop_together(folder: Path, uninterrupted: Path) -> None:
+def test_two_processes_train_as_one_and_stop_together(folder: Path) -> None:
+    expect_status(start(folder, "one"), 0)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -192,6 +172,6 @@ def test_two_processes_train_as_one_and_stop_together(folder: Path, uninterrupte
         expect_status(process, 75)
     assert max(losses(folder / "hosts")) < STEPS
     expect_status(start(folder, "hosts"), 0)  # one process takes over from two
-    one, two = losses(uninterrupted), losses(folder / "hosts")
+    one, two = losses(folder / "one"), losses(folder / "hosts")
     # 1e-4: sums of float32 numbers in another order, through twelve updates.
     np.testing.assert_allclose([two[step] for step in one], list(one.values()), rtol=1e-4)

@@ -12,7 +12,16 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from training_fakes import CONTEXTS, HELDOUT_BATCHES, QUESTIONS, FakePipeline, random_batch, tiny_experiment
+from training_fakes import (
+    CONTEXTS,
+    HELDOUT_BATCHES,
+    QUESTIONS,
+    FakePipeline,
+    random_batch,
+    tiny_experiment,
+    toy_init_state,
+    toy_make_forward,
+)
 
 from videonsa_jax.data.sources import DataError
 from videonsa_jax.streams import BATCH_AXIS_SECOND, TrainBatch
@@ -21,13 +30,17 @@ from videonsa_jax.training.config import Experiment
 from videonsa_jax.training.errors import UsageError
 from videonsa_jax.training.metrics import read_metrics
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    def run(experiment: Experiment, workdir: Path, make_batch: Any = random_batch, **options: Any) -> int:
-        monkeypatch.setattr(loop, "build_pipeline", lambda *_, split, **__: FakePipeline(split, make_batch))
+    def run(
+        experiment: Experiment, workdir: Path, make_batch: Any = random_batch, *, toy: bool = True, **options: Any
+    ) -> int:
+        contexts = experiment.data.contexts_per_batch
+        monkeypatch.setattr(loop, "build_pipeline", lambda *_, split, **__: FakePipeline(split, make_batch, contexts))
+        if toy:
+            monkeypatch.setattr(loop, "init_state", toy_init_state)
+            monkeypatch.setattr(loop, "make_forward", toy_make_forward)
         return loop.train(experiment, workdir, **options)
 
     return run
@@ -58,9 +71,12 @@ def test_a_run_trains_evaluates_and_reports(run, tmp_path: Path, capsys: pytest.
     assert [line["step"] for line in train] == [1, 2, 3, 4, 5, 6]
     assert train[0]["answer_tokens"] == random_batch(0).loss_weights.sum()
     assert {"visual_tokens_per_second", "text_tokens_per_second", "step_seconds", "wait_share"} <= train[0].keys()
-    assert [line["step"] for line in lines if line["kind"] == "eval"] == [3, 6]
+    every = HELDOUT_BATCHES * CONTEXTS * QUESTIONS - 1  # the last row only fills up
+    # On the way eval_contexts are asked, one batch of three; at the end all.
+    evaluations = [(line["step"], line["n"]) for line in lines if line["kind"] == "eval"]
+    assert evaluations == [(3, CONTEXTS * QUESTIONS), (6, every)]
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["accuracy"]["overall"]["n"] == CONTEXTS * QUESTIONS  # eval_contexts: one batch of three
+    assert report["accuracy"]["overall"]["n"] == every
     assert set(report["accuracy"]["families"]) == {"colour", "count"}
     assert report["steps"] == 6
     assert report["config"]["train"]["eval_contexts"] == CONTEXTS
@@ -70,13 +86,6 @@ def test_a_run_trains_evaluates_and_reports(run, tmp_path: Path, capsys: pytest.
 
     assert run(tiny_experiment(eval_every=3, eval_contexts=CONTEXTS), tmp_path) == 0
     assert "nothing to do" in capsys.readouterr().err
-
-
-def test_every_held_out_question_is_asked_once(run, tmp_path: Path) -> None:
-    assert run(tiny_experiment(steps=1), tmp_path) == 0
-    report = json.loads((tmp_path / "report.json").read_text())
-    # The last row only fills up.
-    assert report["accuracy"]["overall"]["n"] == HELDOUT_BATCHES * CONTEXTS * QUESTIONS - 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -171,10 +180,14 @@ def test_data_that_fails_on_the_way_is_told_after_saving(run, tmp_path: Path) ->
         ({"kernel": "mosaic_tpu"}, "mosaic_tpu"),
         ({"kernel": "fast"}, "implementation is 'fast', expected"),
         ({"attention": "dense"}, "dense attention supports Q = 1"),
-        ({"tensorboard": True}, "needs tensorboardX, which is not installed: pip install"),
     ],
 )
-def test_what_cannot_run_is_told_in_one_sentence(run, monkeypatch, tmp_path: Path, changes: dict, message: str) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)  # as if not installed
+def test_what_cannot_run_is_told_in_one_sentence(run, tmp_path: Path, changes: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        run(tiny_experiment(**changes), tmp_path)
+        run(tiny_experiment(**changes), tmp_path, toy=False)
+
+
+def test_tensorboard_that_is_not_installed_is_told(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(UsageError, match="needs tensorboardX, which is not installed: pip install"):
+        run(tiny_experiment(tensorboard=True), tmp_path)

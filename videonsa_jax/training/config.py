@@ -65,7 +65,7 @@ class TrainConfig:
       remat: recompute each layer in the backward pass.
       log_every: steps between metric lines.
       eval_every: steps between held-out evaluations; 0 = only at the end.
-      eval_contexts: held-out contexts per evaluation; 0 = all.
+      eval_contexts: held-out contexts per evaluation on the way; 0 = all. The last evaluation asks all.
       save_every: steps between checkpoints; 0 = only at the end and on SIGTERM.
       keep: checkpoints kept.
       tensorboard: write TensorBoard files beside the JSONL (needs the `eval` extra).

@@ -187,6 +187,10 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
         init = functools.partial(init_state, experiment.model, config, seed, optimizer)
         shapes = jax.eval_shape(init)
         shardings = state_shardings(shapes, mesh)
+        forward = make_forward(experiment.model, config, mesh)
+        with usage_errors():  # an attention or kernel that does not cover this model says so when it is traced
+            example = place_batch(pipelines["train"].empty_batch(pipelines["train"].shapes[0]), mesh)
+            jax.eval_shape(forward, shapes.params, example.inputs)
         if saved_step is None:
             start = time.perf_counter()
             state = jax.jit(init, out_shardings=shardings)()
@@ -199,7 +203,6 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
         iterator_state = iterator.get_state()
 
         # 4. The functions of a step. Each batch shape compiles once, when it is first met.
-        forward = make_forward(experiment.model, config, mesh)
         replicated = NamedSharding(mesh, PartitionSpec())
         scalars = dict.fromkeys(("loss", "answer_tokens", "correct", "visual_tokens", "text_tokens"), replicated)
         add_batch = TimedJit(
@@ -213,9 +216,6 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
             out_shardings=(shardings, replicated),
         )
         choose = TimedJit(functools.partial(choose_options, forward), out_shardings=replicated)
-        with usage_errors():  # an attention or kernel that does not cover this model says so when it is traced
-            example = place_batch(pipelines["train"].empty_batch(pipelines["train"].shapes[0]), mesh)
-            jax.eval_shape(forward, shapes.params, example.inputs)
 
         def compile_seconds() -> float:
             return add_batch.seconds + update.seconds + choose.seconds
@@ -225,12 +225,10 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
             saved = {"iterators": gather_json(iterator_state), "spent": total}
             checkpoints.save(manager, step, state, saved, experiment)
 
-        def evaluate_now() -> dict[str, Any] | None:
+        def evaluate_now(contexts: int = 0) -> dict[str, Any] | None:
             if "heldout" not in pipelines:
                 return None
-            batches = pipelines["heldout"].steps_per_epoch
-            if config.eval_contexts:
-                batches = min(batches, math.ceil(config.eval_contexts / experiment.data.contexts_per_batch))
+            batches = math.ceil(contexts / experiment.data.contexts_per_batch) if contexts else None
             start, compiled_before = time.perf_counter(), choose.seconds
             with contextlib.closing(pipelines["heldout"].iterator()) as questions:
                 first = itertools.islice(questions, batches)
@@ -305,7 +303,7 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
             if config.save_every and step % config.save_every == 0:
                 save()
             if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                evaluate_now()
+                evaluate_now(config.eval_contexts)
             if stop.agreed():
                 save()
                 manager.wait_until_finished()
