@@ -9,10 +9,11 @@ same distribution for all four: neither can beat chance.
 import re
 from collections import Counter, defaultdict
 from dataclasses import replace
-from itertools import combinations, pairwise
+from itertools import pairwise
 
 import numpy as np
 import pytest
+from scipy.stats import chi2_contingency
 
 from videonsa_jax.data import scenes
 from videonsa_jax.data.clips import clips_long
@@ -22,6 +23,7 @@ from videonsa_jax.data.questions import (
     DIRECTIONS,
     FAMILIES,
     QUARTER_NAMES,
+    RELATIONS,
     Clip,
     Question,
     draw_clips,
@@ -43,7 +45,7 @@ def train() -> list[Clip]:
 
 @pytest.fixture(scope="module")
 def varied() -> list[Clip]:
-    return draw_clips(ClipsConfig(heldout_clips=30, seconds=(4, 8, 12, 24), frame_side=72, seed=5), "heldout")
+    return draw_clips(ClipsConfig(heldout_clips=30, seconds=(8, 12, 24, 28), frame_side=72, seed=5), "heldout")
 
 
 def of(scene: Scene, kind: type) -> list:
@@ -58,6 +60,14 @@ def shown(scene: Scene, **look: str) -> Needle | Card | Ball | Box | Still:
         if not isinstance(thing, Edge) and all(getattr(thing, name, None) == value for name, value in look.items())
     )
     return thing
+
+
+def lasting(thing: Needle | Card | Edge) -> set[int]:
+    return set(range(thing.onset, thing.onset + thing.slots))
+
+
+def edge_slots(scene: Scene, colour: str) -> set[int]:
+    return set().union(*(lasting(edge) for edge in of(scene, Edge) if edge.colour == colour))
 
 
 def quarter(scene: Scene, thing: Needle | Card) -> int:
@@ -79,13 +89,13 @@ def answer(scene: Scene, question: Question) -> str:
     if question.family == "count":
         return COUNT_NAMES[sum(edge.colour == words[-1] for edge in of(scene, Edge)) - 1]
     if question.family == "speed":
-        ball = next(ball for ball in of(scene, Ball) if ball.colour == words[4])
+        (ball,) = of(scene, Ball)
         return next(name for name, step in scenes.SPEEDS.items() if step == abs(ball.step))
     if question.family == "direction":
-        box = next(box for box in of(scene, Box) if box.colour == words[4])
+        (box,) = of(scene, Box)
         horizontal = (box.first == "horizontal") == (words[-1] == "first")
         return DIRECTIONS[(box.horizontal > 0) if horizontal else 2 + (box.vertical > 0)]
-    here, there = (shown(scene, shape=shape).quadrant for shape in (words[3], words[-1]))
+    here, there = (shown(scene, colour=colour).quadrant for colour in (words[3], words[-2]))
     if here // 2 == there // 2:
         return "left" if here < there else "right"
     return "above" if here < there else "below"
@@ -162,31 +172,44 @@ def twin(scene: Scene, question: Question, other: str) -> Scene:
     return next(scene for scene in factors if answer(scene, question) == other)
 
 
-def check_scene(scene: Scene) -> None:
-    """What every scene of the generator satisfies, and every twin too."""
+def check_flashes(scene: Scene) -> None:
     length = scene.slots // 4
-    flashes = [thing for thing in scene.things if isinstance(thing, Needle | Card | Edge)]
-    for thing in flashes:
+    for thing in scene.things:
         assert thing.onset // length == (thing.onset + thing.slots - 1) // length, "lies within a quarter"
-        assert thing.slots <= scene.slots / 8
-    for a, b in combinations([thing for thing in flashes if not isinstance(thing, Edge)], 2):
-        assert a.quadrant != b.quadrant or a.onset // length != b.onset // length, "together, so apart"
-    needles = of(scene, Needle)
-    if needles:
-        assert sorted(Counter(quarter(scene, needle) for needle in needles).values()) in ([1, 1, 1, 1], [2, 2])
-        # In different pairs of frames (a token spans two), and two slots apart within a quarter.
-        assert len({needle.onset // 2 for needle in needles}) == 4
-        for a, b in combinations(needles, 2):
-            assert abs(a.onset - b.onset) >= (2 if quarter(scene, a) == quarter(scene, b) else 1)
-        assert len({needle.shape for needle in needles}) == len({needle.colour for needle in needles}) == 4
-        assert [card.colour for card in of(scene, Card)] == ["white", "yellow"]
-    for colour in scenes.EDGE_COLOURS if needles else ():
+        assert thing.slots <= scene.slots / 16
+    needles, cards = of(scene, Needle), of(scene, Card)
+    assert sorted(Counter(quarter(scene, needle) for needle in needles).values()) in ([1, 1, 1, 1], [2, 2])
+    assert len({needle.shape for needle in needles}) == len({needle.colour for needle in needles}) == 4
+    assert [card.colour for card in cards] == ["white", "yellow"]
+    assert len({card.word for card in cards}) == 2
+    assert {thing.onset % thing.slots for thing in (*needles, *cards)} == {0}
+    # Whole tokens: one spans two frames.
+    assert {thing.slots for thing in (*needles, *cards)} == {scenes.needle_slots(scene.slots)} <= {2, 4, 6, 8}
+    for slot in range(scene.slots):
+        looks = [mark.look for mark in scene.marks(slot)]
+        assert looks.count("edge") <= 1
+        assert len(looks) - looks.count("edge") <= 1, "a needle or card shows with nothing but an edge"
+    for colour in scenes.EDGE_COLOURS:
         edges = sorted((edge for edge in of(scene, Edge) if edge.colour == colour), key=lambda edge: edge.onset)
         assert len({edge.onset // length for edge in edges}) == len(edges) >= 1
         assert all(1 <= edge.onset % length < length - edge.slots for edge in edges)
         assert all(b.onset - (a.onset + a.slots) >= 2 for a, b in pairwise(edges))
+
+
+def check_scene(scene: Scene) -> None:
+    """What every scene of the generator satisfies, and every twin too."""
+    kinds = Counter(type(thing) for thing in scene.things)
+    if kinds[Needle]:
+        assert (kinds.pop(Needle), kinds.pop(Card)) == (4, 2)
+        assert set(kinds) == {Edge}
+        return check_flashes(scene)
+    assert kinds in (Counter({Ball: 1, Still: 2}), Counter({Box: 1, Still: 2}))
+    assert [thing.colour for thing in scene.things] == ["white", "red", "blue"]
+    assert len({thing.quadrant for thing in scene.things}) == 3
+    assert len({still.shape for still in of(scene, Still)}) == 2
     assert all(abs(ball.step) in (1, 3, 5, 7) for ball in of(scene, Ball))
-    assert bool(needles) + (len(of(scene, Ball)) == 2) + (len(of(scene, Box)) == 2) == 1
+    for box in of(scene, Box):
+        assert 0 <= min(box.row, box.column) <= max(box.row, box.column) <= 5, "its lanes lie whole in the panel"
 
 
 def test_scenes_keep_the_floors(heldout, varied):
@@ -196,11 +219,20 @@ def test_scenes_keep_the_floors(heldout, varied):
         assert clip.scene.fps % 4 == clip.scene.width % 2 == clip.scene.height % 2 == 0
 
 
-def test_needles_have_sixteen_onsets_or_more(train):
-    onsets: dict[int, set[int]] = defaultdict(set)
-    for clip in train:
-        onsets[clip.scene.slots] |= {needle.onset for needle in of(clip.scene, Needle)}
-    assert {slots: len(seen) for slots, seen in onsets.items()} == {16: 16, 32: 20}
+def test_kinds_take_turns(heldout):
+    kinds = [type(clip.scene.things[0]) for clip in heldout]
+    assert kinds == ([Needle, Ball, Box] * len(heldout))[: len(heldout)]
+
+
+@pytest.mark.parametrize("seconds", [8, 12, 16, 20, 24, 28, 36, 60, 64])
+def test_every_length_has_sixteen_onsets_or_more(seconds):
+    onsets: set[int] = set()
+    for clip in draw_clips(replace(clips_long(seconds), train_clips=300), "train"):
+        check_scene(clip.scene)
+        assert clip.scene.slots == 4 * seconds
+        onsets |= {needle.onset for needle in of(clip.scene, Needle)}
+    assert onsets == set(range(0, 4 * seconds, scenes.needle_slots(4 * seconds)))
+    assert len(onsets) == scenes.needle_places(4 * seconds) >= 16
 
 
 def test_answers_are_what_the_scene_shows(heldout, varied):
@@ -212,19 +244,21 @@ def test_answers_are_what_the_scene_shows(heldout, varied):
 
 
 def test_distractors_are_of_the_same_kind(heldout):
+    """Other needles, the yellow card, cyan edges; where a clip has one thing to ask about, all that it could do."""
+    every = {"time": QUARTER_NAMES, "count": COUNT_NAMES, "speed": scenes.SPEEDS, "direction": DIRECTIONS}
+    every |= {"spatial": RELATIONS}
     for clip in heldout:
         for question in clip.questions:
-            things = clip.scene.things
+            options = set(question.options)
+            if question.family in every:
+                assert options == set(every[question.family])
             if question.family in ("colour", "order"):
-                present = {
-                    getattr(n, "colour" if question.family == "colour" else "shape") for n in of(clip.scene, Needle)
-                }
-                assert set(question.options) == present
+                attribute = "colour" if question.family == "colour" else "shape"
+                assert options == {getattr(needle, attribute) for needle in of(clip.scene, Needle)}
             elif question.family == "text":
-                assert {card.word for card in of(clip.scene, Card)} <= set(question.options)
-            elif question.family in ("speed", "direction"):
-                assert sum(isinstance(thing, Ball | Box) for thing in things) == 2
-                assert len({thing.colour for thing in things}) == len(things) == 4
+                assert {card.word for card in of(clip.scene, Card)} <= options
+            elif question.family == "count":
+                assert any(edge.colour == "cyan" for edge in of(clip.scene, Edge))
 
 
 def test_two_hundred_heldout_questions_a_family(heldout):
@@ -249,34 +283,57 @@ def test_twins_have_the_same_frames_and_any_other_answer(varied):
     assert min(tried[family] for family in ORDERED) >= 30
 
 
-def test_company_of_a_needle_does_not_tell_its_order(train):
-    """Who shows together survives shuffling; first and last are in company as often as any needle."""
+@pytest.mark.parametrize("colour", scenes.EDGE_COLOURS)
+def test_company_of_a_needle_does_not_tell_its_order(train, colour):
+    """What shows together survives shuffling; first and last are under an edge as often as any needle."""
     seen, expected, asked = 0, 0.0, 0
     for clip in train:
-        needles = of(clip.scene, Needle)
-        company = {a.shape: any(a is not b and abs(a.onset - b.onset) < a.slots for b in needles) for a in needles}
+        flashed = edge_slots(clip.scene, colour)
+        company = {needle.shape: bool(flashed & lasting(needle)) for needle in of(clip.scene, Needle)}
         for question in clip.questions:
             if question.family == "order":
                 seen, expected, asked = seen + company[question.answer], expected + sum(company.values()) / 4, asked + 1
+    assert 0.1 < expected / asked < 0.9
     # Within 2.6 standard deviations of a binomial of at most the largest variance, asked / 4.
     assert abs(seen - expected) < 2.6 * (asked / 4) ** 0.5
 
 
-def test_relative_motion_does_not_tell_the_motion(train):
-    """Shuffled frames show how two balls or boxes move relative to one another: no answer is likelier for it."""
-    table: dict[tuple[str, int], Counter[str]] = defaultdict(Counter)
+def unordered_features(scene: Scene, question: Question) -> dict[str, object]:
+    """Of what one frame or shuffled frames show, what might go with the answer."""
+    features: dict[str, object] = {"length": scene.slots, "aspect": scene.width > scene.height, "fps": scene.fps}
+    if question.family == "time":
+        needle = shown(scene, shape=question.text.split()[-2])
+        for colour in scenes.EDGE_COLOURS:
+            features[f"{colour} slots"] = len(edge_slots(scene, colour))
+            features[f"{colour} company"] = len(edge_slots(scene, colour) & lasting(needle))
+        return features | {"colour": needle.colour, "left": needle.x < 0, "cards": of(scene, Card)[0].word}
+    red, blue = of(scene, Still)
+    features |= {"stills": (red.quadrant, blue.quadrant), "shape": red.shape, "other shape": blue.shape}
+    for ball in of(scene, Ball):
+        features |= {"quadrant": ball.quadrant, "phase": ball.phase}
+    for box in of(scene, Box):
+        features |= {"quadrant": box.quadrant, "row": box.row, "column": box.column}
+        features |= {"start_x": box.start_x, "start_y": box.start_y}
+    if question.family == "spatial":
+        del features["stills"]  # which are the answer
+    return features
+
+
+def test_nothing_seen_without_order_goes_with_the_answer(train):
+    """The mover's quadrant, its lanes and starts, the stills beside it, an edge over a needle, the clip's length."""
+    tables: dict[tuple[str, str, str], Counter] = defaultdict(Counter)
     for clip in train:
-        balls, boxes = of(clip.scene, Ball), of(clip.scene, Box)
         for question in clip.questions:
-            if question.family == "speed":
-                table["speed", balls[0].step * pow(balls[1].step, -1, 16) % 16][question.answer] += 1
-            elif question.family == "direction" and boxes[0].first == boxes[1].first:
-                table["direction", boxes[0].horizontal * boxes[1].horizontal][question.answer] += 1
-    assert len(table) == 8 + 2
-    # 99.9 % of chi-square with 3 degrees of freedom, over four answers.
-    for counts in table.values():
-        mean = counts.total() / 4
-        assert sum((counts[name] - mean) ** 2 / mean for name in counts) < 16.3
+            if question.family in ("time", "speed", "direction", "spatial"):
+                end = question.text.split()[-1] if question.family == "direction" else ""
+                for name, value in unordered_features(clip.scene, question).items():
+                    tables[question.family, end, name][value, question.answer] += 1
+    assert {("speed", "", "quadrant"), ("direction", "first?", "quadrant"), ("spatial", "", "quadrant")} <= set(tables)
+    for key, counts in tables.items():
+        values, answers = ({cell[axis] for cell in counts} for axis in (0, 1))
+        table = np.array([[counts[value, name] for name in sorted(answers)] for value in sorted(values)])
+        # There are about 50 tables.
+        assert chi2_contingency(table).pvalue > 1e-4, key
 
 
 def test_splits_share_no_scene(train, heldout):
@@ -337,27 +394,19 @@ def test_text_alone_stays_at_chance(train, heldout):
         assert abs(hits[family] / asked[family] - 0.25) < 2.58 * (0.25 * 0.75 / asked[family]) ** 0.5, family
 
 
-@pytest.mark.parametrize("seconds", [4, 64])
-def test_every_length_gives_sound_scenes(seconds):
-    config = replace(clips_long(seconds), train_clips=20)
-    for clip in draw_clips(config, "train"):
-        check_scene(clip.scene)
-        assert clip.scene.slots == 4 * seconds
-        for needle in of(clip.scene, Needle):
-            assert needle.slots == {4: 1, 64: 8}[seconds]
-
-
-def test_painted_needles_fill_their_quadrant_only(varied):
-    """About a third of the smaller side, at the quadrant's place, clear of the edge."""
-    for clip in varied:
-        scene = clip.scene
-        for needle in of(scene, Needle):
-            picture = scenes.paint(scene, (needle.mark(needle.onset, scene.slots),))
-            rows, columns = np.nonzero((picture == scenes.COLOURS[needle.colour]).all(-1))
-            side = min(scene.width, scene.height)
-            assert 0.25 * side < np.ptp(rows) < 0.4 * side
-            assert 0.25 * side < np.ptp(columns) < 0.4 * side
-            assert rows.min() >= 4
-            assert columns.min() >= 4
-            assert {int(row >= scene.height / 2) for row in rows} == {needle.quadrant // 2}
-            assert {int(column >= scene.width / 2) for column in columns} == {needle.quadrant % 2}
+def test_painted_needles_and_cards_are_large_and_clear_of_the_edge(varied):
+    """A needle is about two thirds of the smaller side; a card fills most of one side."""
+    for scene in (clip.scene for clip in varied if of(clip.scene, Needle)):
+        side = min(scene.width, scene.height)
+        edge = of(scene, Edge)[0]
+        frame = scenes.paint(scene, (edge.mark(edge.onset, scene.slots),)) == scenes.EDGE_COLOURS[edge.colour]
+        for thing in (*of(scene, Needle), *of(scene, Card)):
+            picture = scenes.paint(scene, (thing.mark(thing.onset, scene.slots),))
+            painted = (picture == scenes.COLOURS[thing.colour]).all(-1)
+            rows, columns = np.nonzero(painted)
+            if isinstance(thing, Needle):
+                assert 0.58 * side < np.ptp(rows) < 0.72 * side
+                assert 0.58 * side < np.ptp(columns) < 0.72 * side
+            else:
+                assert max(np.ptp(rows) / scene.height, np.ptp(columns) / scene.width) > 0.7
+            assert not (painted & frame.all(-1)).any()

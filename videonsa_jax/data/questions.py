@@ -142,7 +142,7 @@ def _take_places(dealer: _Dealer, free: set[int], quarter: int, count: int, plac
 
 
 def _edges(dealer: _Dealer, count: int, slots: int) -> list[Edge]:
-    """`count` orange flashes and one to four cyan ones, at most one of a colour in a quarter, a gap between any two."""
+    """`count` orange flashes and one to four cyan ones: two of a colour in different quarters, never two at once."""
     length, quarter_slots = scenes.EDGE_SLOTS, slots // scenes.QUARTERS
     onsets = range(1, quarter_slots - length)
     quarters = list(range(scenes.QUARTERS))

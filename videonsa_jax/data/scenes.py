@@ -209,13 +209,16 @@ class Scene:
 
 
 def needle_slots(slots: int) -> int:
-    """Slots a needle or card lasts in a clip of `slots`: at most a sixteenth, at most 2 s, whole pairs of frames."""
-    return min(2 * (slots // 32), 8)
+    """Slots a needle or card lasts in a clip of `slots`: whole pairs of frames, at most a sixteenth, at most 2 s.
+
+    They fill a quarter without rest, so that a quarter's places reversed are the same places.
+    """
+    return max(length for length in (2, 4, 6, 8) if length <= slots // 16 and slots // QUARTERS % length == 0)
 
 
 def needle_places(slots: int) -> int:
     """Onsets a needle or card can have in a clip of `slots`; a quarter of them lie in each quarter of the clip."""
-    return QUARTERS * (slots // QUARTERS // needle_slots(slots))
+    return slots // needle_slots(slots)
 
 
 EDGE_SLOTS = 2
@@ -243,7 +246,6 @@ def _polygon(radius_at: Callable[[int], float], corners: int) -> list[tuple[floa
 _CORNERS: dict[str, list[tuple[float, float]]] = {
     "star": _polygon(lambda corner: 1.1 if corner % 2 == 0 else 0.45, 10),
     "triangle": [(0.0, -1.0), (1.0, 0.9), (-1.0, 0.9)],
-    "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
     "cross": [
         *[(-0.3, -1.0), (0.3, -1.0), (0.3, -0.3), (1.0, -0.3), (1.0, 0.3), (0.3, 0.3)],
         *[(0.3, 1.0), (-0.3, 1.0), (-0.3, 0.3), (-1.0, 0.3), (-1.0, -0.3), (-0.3, -0.3)],
