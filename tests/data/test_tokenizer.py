@@ -41,6 +41,15 @@ def test_every_option_is_one_token_of_its_own(tokenizer):
             assert {ids[-1] for ids in answers} <= set(tokenizer.encode(question.prompt).ids)
 
 
+def test_the_corpus_is_what_the_clips_ask():
+    options: dict[str, set[str]] = {}
+    for text, _, *words in (entry.split("\n") for entry in corpus()):
+        options[text] = set(words)
+    asked = [question for clip in draw_clips(ClipsConfig(heldout_clips=200), "heldout") for question in clip.questions]
+    assert {question.text for question in asked} == set(options)
+    assert all(set(question.options) <= options[question.text] for question in asked)
+
+
 @pytest.mark.parametrize("text", ["Naïve café 12:30 你好 🙂", "a  b\n\n c\t", "<|im_start|>user\nHi<|im_end|>"])
 def test_any_text_comes_back(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
