@@ -79,11 +79,9 @@ def _use_all_cores(experiment: Experiment) -> None:
     counted = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if counted or experiment.mesh != MeshConfig() or jax.config.jax_num_cpu_devices > 0:
         return
-    contexts = experiment.data.contexts_per_batch
+    contexts, cores = experiment.data.contexts_per_batch, os.cpu_count() or 1
     with contextlib.suppress(RuntimeError):  # the devices are in use already, in a caller's process
-        jax.config.update(
-            "jax_num_cpu_devices", max(math.gcd(contexts, n) for n in range(1, (os.cpu_count() or 1) + 1))
-        )
+        jax.config.update("jax_num_cpu_devices", max(math.gcd(contexts, count) for count in range(1, cores + 1)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

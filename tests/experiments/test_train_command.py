@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -31,6 +32,12 @@ SETTINGS = {
     "model.vision.fullatt_block_indexes": "0",
     "model.text.num_hidden_layers": 2,
 }
+
+
+@pytest.fixture(autouse=True)
+def devices_are_in_use() -> None:
+    """`main` in this process must not split the CPU into devices for the tests that follow."""
+    jax.devices()
 
 
 @pytest.fixture(scope="module")
