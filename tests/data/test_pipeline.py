@@ -1,7 +1,9 @@
 import json
 import logging
 import math
+import multiprocessing
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -231,6 +233,22 @@ def test_worker_processes_load_the_same_and_touch_no_accelerator(folder, tmp_pat
         assert_same(one, other)
 
 
+def test_closing_worker_processes_takes_seconds(folder):
+    """Also where a worker waits with a batch larger than a pipe holds."""
+    pipeline = pipeline_of(folder, workers=2, contexts_per_batch=64)
+    batch_bytes = sum(array.nbytes for array in jax.tree.leaves(pipeline.empty_batch(pipeline.shapes[0])))
+    assert batch_bytes > 2**16
+    iterator = pipeline.iterator()
+    for _ in range(5):
+        next(iterator)
+    assert len(multiprocessing.active_children()) >= 2
+    time.sleep(0.5)  # the workers read ahead
+    start = time.monotonic()
+    iterator.close()
+    assert time.monotonic() - start < 10
+    assert not multiprocessing.active_children()
+
+
 # ---- failures
 
 
@@ -339,6 +357,18 @@ def test_a_heldout_state_at_the_end(folder):
 
 
 # ---- settings
+
+
+def test_an_empty_system_prompt_drops_the_system_turn(folder):
+    texts = {}
+    for prompt in ("", "You are a helpful assistant."):
+        pipeline = pipeline_of(folder, system_prompt=prompt)
+        (batch,) = take(pipeline, 1)
+        tokens = batch.inputs.text_tokens[0, 0, : batch.inputs.text_lengths[0, 0]]
+        texts[prompt] = pipeline.chat.tokenizer.decode(tokens, skip_special_tokens=False)
+    assert texts[""].startswith("<|im_start|>user\n")
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    assert texts["You are a helpful assistant."] == system + texts[""]
 
 
 @pytest.mark.parametrize(

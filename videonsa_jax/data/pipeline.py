@@ -56,7 +56,9 @@ _ENDLESS = 2**40  # steps of a training split: any number no run reaches
 _MAX_THREADS = 8
 _WORKER_BUFFER = 2  # batches
 _CLOSE_SECONDS = 5.0
-_SHARED_MEMORY_FROM = 2**16  # bytes; smaller arrays travel faster through the queue
+# Bytes. Smaller arrays travel through the queue's pipe, which must hold all that a worker buffers: a worker that waits
+# for room in it cannot end, and grain (0.2.18, process_prefetch.py) then waits for the worker.
+_SHARED_MEMORY_FROM = 2**11
 _STATE_VERSION = 1
 
 
@@ -250,8 +252,7 @@ class DataIterator:
     def close(self) -> None:
         """Ends loader threads and processes."""
         if self._source is not None:
-            # grain ends a worker that may be in the middle of a message and then waits for the rest of it, for ever
-            # (0.2.18, process_prefetch.py). The workers are gone by then; what is left is a daemon thread's wait.
+            # Should a worker not end in time (see _SHARED_MEMORY_FROM), a daemon thread goes on waiting for it.
             closing = threading.Thread(target=self._source.close, daemon=True)
             closing.start()
             closing.join(_CLOSE_SECONDS)
