@@ -248,5 +248,6 @@ def tiny(vocab_size: int = 640) -> ModelConfig:
             rope_theta=10_000.0,
             mrope_section=(6, 5, 5),
         ),
-        nsa=NSAConfig(block_size=16, block_count=5, window_size=32),
+        # A block is two frames of 2 x 2 tokens, a window four blocks, as 64 and 256 are for VideoNSA's 64 tokens.
+        nsa=NSAConfig(block_size=4, block_count=5, window_size=16),
     )

@@ -18,12 +18,18 @@ def nsa_video() -> Experiment:
     """
     return Experiment(
         model=tiny(),
-        # One bucket for each clip length: with more, compiling costs more than padding.
-        data=DataConfig(system_prompt="", buckets=(144, 224)),
-        optimizer=OptimizerConfig(
-            learning_rate=2e-3, warmup_ratio=0.05, warmup_start=0.01, beta2=0.99, weight_decay=0.05
+        data=DataConfig(
+            clips=ClipsConfig(train_clips=4000, frame_side=96),
+            system_prompt="",
+            # 2 x 2 tokens a pair of frames, whatever the aspect ratio: 4200 is 56 x 56 x 4/3, rounded up.
+            max_pixels=4200,
+            # One bucket for each clip length: with more, compiling costs more than padding.
+            buckets=(64, 96),
         ),
-        train=TrainConfig(steps=1000, log_every=10, eval_every=0, save_every=200),
+        optimizer=OptimizerConfig(
+            learning_rate=5e-4, warmup_ratio=0.05, warmup_start=0.01, beta2=0.99, weight_decay=0.05
+        ),
+        train=TrainConfig(steps=2200, log_every=20, eval_every=0, save_every=200),
     )
 
 

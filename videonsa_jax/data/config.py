@@ -15,7 +15,7 @@ class ClipsConfig:
       heldout_clips: clips of the held-out split; other seeds, other scenes.
       seed: seeds every scene.
       frame_side: side in pixels of the square with a frame's area; resolutions and aspect ratios vary around it.
-      seconds: clip lengths in seconds, drawn uniformly; each a multiple of 4 from 8 on.
+      seconds: clip lengths in seconds, dealt evenly (a length may stand there twice); multiples of 4 from 8 on.
       render_workers: processes that render and encode; 0 = one per core.
     """
 
@@ -23,7 +23,7 @@ class ClipsConfig:
     heldout_clips: int = 800
     seed: int = 0
     frame_side: int = 128
-    seconds: tuple[int, ...] = (8, 12)
+    seconds: tuple[int, ...] = (8, 8, 12)
     render_workers: int = 0
 
 

@@ -38,7 +38,9 @@ _TEXTS: dict[Family, str] = {
 
 # A clip of flashes carries eight questions, one of a ball or a box two or three.
 _KINDS = ("flashes", "balls", "boxes")
-_ASPECTS = ((1, 1), (4, 3), (3, 4), (16, 9), (9, 16))
+# No wider ones: a token is 28 pixels, so that a small model would see 16:9 at another scale along each axis.
+_ASPECTS = ((1, 1), (4, 3), (3, 4))
+_SCALES = (0.8, 1.0, 1.25)  # of the frame's side
 _FRAME_RATES = (8, 12, 16, 24)
 # Longer clips would spend most of their rendering on repeated frames.
 _LONG_SECONDS, _LONG_FRAME_RATES = 8, (8, 12)
@@ -249,7 +251,7 @@ def _boxes(dealer: _Dealer, _slots: int) -> tuple[list[Thing], list[Question]]:
     return [box, *stills], [*asked, spatial]
 
 
-def _size(side: int, aspect: tuple[int, int]) -> tuple[int, int]:
+def _size(side: float, aspect: tuple[int, int]) -> tuple[int, int]:
     """Even width and height of about side^2 pixels (4:2:0 chroma wants even sizes)."""
     ratio = (aspect[0] / aspect[1]) ** 0.5
     return 2 * round(side * ratio / 2), 2 * round(side / ratio / 2)
@@ -265,7 +267,8 @@ def draw_clips(config: ClipsConfig, split: Split) -> list[Clip]:
         rates = _FRAME_RATES if seconds <= _LONG_SECONDS else _LONG_FRAME_RATES
         slots = seconds * scenes.SLOTS_PER_SECOND
         things, questions = make[_KINDS[index % len(_KINDS)]](dealer, slots)
-        width, height = _size(config.frame_side, dealer.deal("aspect", _ASPECTS))
+        side = config.frame_side * dealer.deal("scale", _SCALES)
+        width, height = _size(side, dealer.deal("aspect", _ASPECTS))
         grey = int(dealer.rng.integers(10, 50))
         tint = dealer.rng.integers(0, 16, 3).tolist()
         scene = Scene(
