@@ -21,15 +21,15 @@ def nsa_video() -> Experiment:
         data=DataConfig(
             clips=ClipsConfig(train_clips=4000, frame_side=96),
             system_prompt="",
-            # 2 x 2 tokens a pair of frames, whatever the aspect ratio: 4200 is 56 x 56 x 4/3, rounded up.
-            max_pixels=4200,
+            # 2 x 2 tokens a pair of frames, whatever the aspect ratio: 4000 is 56 x 56 x 5/4, rounded up.
+            max_pixels=4000,
             # One bucket for each clip length: with more, compiling costs more than padding.
             buckets=(64, 96),
         ),
         optimizer=OptimizerConfig(
-            learning_rate=5e-4, warmup_ratio=0.05, warmup_start=0.01, beta2=0.99, weight_decay=0.05
+            learning_rate=5e-4, warmup_ratio=0.05, warmup_start=0.01, final_ratio=0.1, beta2=0.99, weight_decay=0.05
         ),
-        train=TrainConfig(steps=2200, log_every=20, eval_every=0, save_every=200),
+        train=TrainConfig(steps=2400, log_every=20, eval_every=0, save_every=200),
     )
 
 

@@ -23,7 +23,7 @@ class ClipsConfig:
     heldout_clips: int = 800
     seed: int = 0
     frame_side: int = 128
-    seconds: tuple[int, ...] = (8, 8, 12)
+    seconds: tuple[int, ...] = (8, 8, 8, 12)
     render_workers: int = 0
 
 

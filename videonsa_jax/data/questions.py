@@ -39,7 +39,7 @@ _TEXTS: dict[Family, str] = {
 # A clip of flashes carries eight questions, one of a ball or a box two or three.
 _KINDS = ("flashes", "balls", "boxes")
 # No wider ones: a token is 28 pixels, so that a small model would see 16:9 at another scale along each axis.
-_ASPECTS = ((1, 1), (4, 3), (3, 4))
+_ASPECTS = ((1, 1), (5, 4), (4, 5))
 _SCALES = (0.8, 1.0, 1.25)  # of the frame's side
 _FRAME_RATES = (8, 12, 16, 24)
 # Longer clips would spend most of their rendering on repeated frames.
@@ -81,7 +81,7 @@ def corpus() -> list[str]:
     asked += [(_ask("colour", shape=shape), colours) for shape in shapes]
     asked += [(_ask("time", shape=shape), QUARTER_NAMES) for shape in shapes]
     asked += [(_ask("order", end=end), shapes) for end in ends]
-    asked += [(_ask("text", colour="white"), scenes.WORDS)]
+    asked += [(_ask("text", colour=colour), scenes.WORDS) for colour in ("white", "yellow")]
     asked += [(_ask("count", colour="orange"), COUNT_NAMES)]
     asked += [(_ask("speed"), tuple(scenes.SPEEDS))]
     asked += [(_ask("direction", end=end), DIRECTIONS) for end in ends]
@@ -174,10 +174,10 @@ def _flashes(dealer: _Dealer, slots: int) -> tuple[list[Thing], list[Question]]:
 
     first, last = dealer.deal("order", list(permutations(scenes.SHAPES, 2)))
     shapes = [first, *dealer.pick([shape for shape in scenes.SHAPES if shape not in (first, last)], 2), last]
-    coloured = dealer.pick(range(4), 2)
-    dealt_colours = dealer.deal("colour", list(permutations(scenes.COLOURS, 2)))
-    other_colours = iter(dealer.pick([colour for colour in scenes.COLOURS if colour not in dealt_colours], 2))
-    colours = [dealt_colours[coloured.index(rank)] if rank in coloured else next(other_colours) for rank in range(4)]
+    coloured = int(dealer.rng.integers(4))
+    dealt_colour = dealer.deal("colour", list(scenes.COLOURS))
+    colours = dealer.pick([colour for colour in scenes.COLOURS if colour != dealt_colour], 3)
+    colours.insert(coloured, dealt_colour)
 
     words = dealer.deal("text", list(permutations(scenes.WORDS, 2)))
     needles = [
@@ -193,7 +193,7 @@ def _flashes(dealer: _Dealer, slots: int) -> tuple[list[Thing], list[Question]]:
 
     other_words = dealer.pick([word for word in scenes.WORDS if word not in words], 2)
     questions = [
-        *(dealer.question("colour", _ask("colour", shape=shapes[rank]), colours[rank], colours) for rank in coloured),
+        dealer.question("colour", _ask("colour", shape=shapes[coloured]), dealt_colour, colours),
         *(
             dealer.question("time", _ask("time", shape=shapes[rank]), QUARTER_NAMES[quarters[rank]], QUARTER_NAMES)
             for rank in timed
@@ -201,6 +201,7 @@ def _flashes(dealer: _Dealer, slots: int) -> tuple[list[Thing], list[Question]]:
         dealer.question("order", _ask("order", end="first"), first, shapes),
         dealer.question("order", _ask("order", end="last"), last, shapes),
         dealer.question("text", _ask("text", colour="white"), words[0], [words[1], *other_words]),
+        dealer.question("text", _ask("text", colour="yellow"), words[1], [words[0], *other_words]),
         dealer.question("count", _ask("count", colour="orange"), COUNT_NAMES[count - 1], COUNT_NAMES),
     ]
     return [*needles, *cards, *edges], questions
