@@ -39,7 +39,7 @@ def dense_video() -> Experiment:
 
     Command: python -m experiments.train --config=dense_video
     Hardware: a CPU is enough.
-    Time and expected accuracy: see README.
+    Not run to the end yet, so no time or accuracy is known.
     """
     base = nsa_video()
     return dataclasses.replace(
@@ -80,7 +80,7 @@ def nsa_video_small() -> Experiment:
 
     Command: python -m experiments.train --config=nsa_video_small
     Hardware: one GPU or TPU chip; bfloat16 activations.
-    Time and expected accuracy: see README.
+    Not run to the end yet, so no time or accuracy is known.
     """
     return Experiment(
         model=_small_model(),
@@ -105,7 +105,7 @@ def dense_video_small() -> Experiment:
 
     Command: python -m experiments.train --config=dense_video_small
     Hardware: one GPU or TPU chip.
-    Time and expected accuracy: see README.
+    Not run to the end yet, so no time or accuracy is known.
     """
     base = nsa_video_small()
     return dataclasses.replace(
@@ -121,7 +121,7 @@ def text_only_small() -> Experiment:
 
     Command: python -m experiments.train --config=text_only_small
     Hardware: one GPU or TPU chip.
-    Time and expected accuracy: see README; chance, if the clips leak nothing through their questions.
+    Not run yet; chance is expected, if the clips leak nothing through their questions.
     """
     base = nsa_video_small()
     return dataclasses.replace(base, data=dataclasses.replace(base.data, ablation="text_only"))

@@ -82,8 +82,8 @@ class Needle:
 
     def mark(self, slot: int, slots: int) -> Mark | None:
         """What shows in `slot` of a clip of `slots`."""
-        shown = self.onset <= slot < self.onset + self.slots
-        return Mark(self.shape, COLOURS[self.colour], WHOLE, self.x, self.y) if shown else None
+        mark = Mark(self.shape, COLOURS[self.colour], WHOLE, self.x, self.y)
+        return mark if _shows(self, slot) else None
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class Card:
 
     def mark(self, slot: int, slots: int) -> Mark | None:
         """What shows in `slot` of a clip of `slots`."""
-        shown = self.onset <= slot < self.onset + self.slots
-        return Mark(self.word, COLOURS[self.colour], WHOLE, self.x, self.y) if shown else None
+        mark = Mark(self.word, COLOURS[self.colour], WHOLE, self.x, self.y)
+        return mark if _shows(self, slot) else None
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,11 @@ class Edge:
 
     def mark(self, slot: int, slots: int) -> Mark | None:
         """What shows in `slot` of a clip of `slots`."""
-        return Mark("edge", EDGE_COLOURS[self.colour]) if self.onset <= slot < self.onset + self.slots else None
+        return Mark("edge", EDGE_COLOURS[self.colour]) if _shows(self, slot) else None
+
+
+def _shows(event: Needle | Card | Edge, slot: int) -> bool:
+    return event.onset <= slot < event.onset + event.slots
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def _prefix(
 class Attention(nnx.Module):
     """Grouped-query attention of a decoder layer, with the NSA gate MLP where the model has one.
 
-    Head h of a checkpoint is (h // G, h % G); its gate rows are 3h, 3h+1, 3h+2 (SEMANTICS "Symbols").
+    Head h of a checkpoint is (h // G, h % G); its gate rows are 3h, 3h+1, 3h+2 (docs/attention.md, "Symbols").
     """
 
     def __init__(
