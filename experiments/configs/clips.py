@@ -19,17 +19,18 @@ def nsa_video() -> Experiment:
     return Experiment(
         model=tiny(),
         data=DataConfig(
-            clips=ClipsConfig(train_clips=4000, frame_side=96),
+            clips=ClipsConfig(train_clips=6000, frame_side=84, seconds=(8,) * 7 + (12,)),
             system_prompt="",
             # 2 x 2 tokens a pair of frames, whatever the aspect ratio: 4000 is 56 x 56 x 5/4, rounded up.
             max_pixels=4000,
             # One bucket for each clip length: with more, compiling costs more than padding.
             buckets=(64, 96),
+            questions_per_context=5,
         ),
         optimizer=OptimizerConfig(
             learning_rate=5e-4, warmup_ratio=0.05, warmup_start=0.01, final_ratio=0.1, beta2=0.99, weight_decay=0.05
         ),
-        train=TrainConfig(steps=2400, log_every=20, eval_every=0, save_every=200),
+        train=TrainConfig(steps=2000, log_every=20, eval_every=0, save_every=200),
     )
 
 

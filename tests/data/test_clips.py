@@ -30,7 +30,7 @@ def decode(path: Path) -> list[np.ndarray]:
 
 
 def test_records_are_llava_video_style(made):
-    for path, config_clips in ((made.train_json, 14), (made.heldout_json, 10)):
+    for path, config_clips, descriptions in ((made.train_json, 14, 14), (made.heldout_json, 10, 0)):
         records = json.loads(path.read_text())
         assert len({record["id"] for record in records}) == len(records)
         assert len({record["video"] for record in records}) == config_clips
@@ -38,10 +38,11 @@ def test_records_are_llava_video_style(made):
             human, gpt = record["conversations"]
             assert human["from"] == "human"
             assert human["value"].startswith("<image>\n")
-            assert all(option in human["value"].split("\n") for option in record["options"])
+            assert all(option in human["value"].split("\n") for option in record.get("options", ()))
             assert gpt == {"from": "gpt", "value": record["answer"]}
             assert record["data_source"] == "clips"
             assert (made.root / record["video"]).is_file()
+        assert sum("family" not in record for record in records) == descriptions
     assert made.tokenizer_json.is_file()
 
 

@@ -4,6 +4,7 @@ import logging
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from small_videos import grey_frames, record, write_records, write_tokenizer, write_video
@@ -16,6 +17,7 @@ from videonsa_jax.data.sources import (
     DataError,
     build_index,
     choose_buckets,
+    join_turns,
     probe_videos,
     read_records,
     text_length,
@@ -69,6 +71,20 @@ def test_messages_of_several_turns(tmp_path):
         {"role": "assistant", "content": "four"},
     ]
     assert read.messages(answered=False) == [{"role": "user", "content": first}]
+
+
+def test_questions_of_one_video_are_joined_into_turns(tmp_path):
+    entries = [record(f"{name}.mp4", f"{name} {n}?", f"{name} {n}", **STATED) for n in range(5) for name in "abcdefgh"]
+    read, _ = read_records(write_records(tmp_path / "data.json", entries))
+    joined = join_turns(read, 3)
+    assert [r.index for r in joined] == list(range(16))
+    assert [(Path(r.video).stem, len(r.turns)) for r in joined] == [(name, n) for name in "abcdefgh" for n in (3, 2)]
+    for name in "abcdefgh":
+        turns = [turn for r in joined for turn in r.turns if Path(r.video).stem == name]
+        assert sorted(turns) == [(f"{name} {n}?", f"{name} {n}") for n in range(5)]
+    assert len({r.turns[0][0][-2] for r in joined[::2]}) > 2, "any of a video's questions opens its conversation"
+    assert all(r.info == VideoInfo(128, 128, 8.0, 10.0) and r.options == () for r in joined)
+    assert join_turns(read, 3) == joined
 
 
 @pytest.mark.parametrize("value", ["What?\n<image>", "<video>\nWhat?\n", "What?<image>\n", "<image>\nWhat?"])

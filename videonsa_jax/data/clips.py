@@ -23,12 +23,12 @@ import av
 from tqdm import tqdm
 
 from videonsa_jax.data.config import ClipsConfig
-from videonsa_jax.data.questions import SPLITS, Clip, corpus, draw_clips
+from videonsa_jax.data.questions import DESCRIBE, SPLITS, Clip, Split, corpus, draw_clips
 from videonsa_jax.data.scenes import SLOTS_PER_SECOND, Mark, Scene, paint
 from videonsa_jax.data.tokenizer import train_tokenizer
 
 # Raise it when the same configuration would give other files.
-_VERSION = 5
+_VERSION = 6
 
 _MIN_SIDE = 64
 _CLIPS_PER_WORKER = 16
@@ -107,20 +107,23 @@ def _write_clip(clip: Clip, root: Path) -> None:
         write_video(clip.scene, path)
 
 
-def _records(clip: Clip) -> Iterator[dict]:
+def _records(clip: Clip, split: Split) -> Iterator[dict]:
+    """A clip's questions and, for training, its description."""
     scene = clip.scene
-    for number, question in enumerate(clip.questions):
+    conversations = [(q.prompt, q.answer, {"family": q.family, "options": list(q.options)}) for q in clip.questions]
+    if split == "train":
+        conversations.append((DESCRIBE, clip.description, {}))
+    for number, (prompt, answer, choice) in enumerate(conversations):
         yield {
             "id": f"{Path(clip.video).with_suffix('')}-{number}",
             "video": clip.video,
             "conversations": [
-                {"from": "human", "value": f"<image>\n{question.prompt}"},
-                {"from": "gpt", "value": question.answer},
+                {"from": "human", "value": f"<image>\n{prompt}"},
+                {"from": "gpt", "value": answer},
             ],
             "data_source": "clips",
-            "family": question.family,
-            "options": list(question.options),
-            "answer": question.answer,
+            **choice,
+            "answer": answer,
             "width": scene.width,
             "height": scene.height,
             "fps": scene.fps,
@@ -171,7 +174,7 @@ def _make(config: ClipsConfig, root: Path) -> None:
     for left_by_a_killed_run in root.rglob("*.part"):
         left_by_a_killed_run.unlink(missing_ok=True)
     for split in SPLITS:
-        records = [record for clip in clips[split] for record in _records(clip)]
+        records = [record for clip in clips[split] for record in _records(clip, split)]
         (root / f"{split}.json").write_text(json.dumps(records, indent=1) + "\n")
     chat = ["<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|im_start|>assistant\n"]
     train_tokenizer([*corpus(), *chat], root / "tokenizer.json")

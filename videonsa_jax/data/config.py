@@ -46,7 +46,8 @@ class DataConfig:
       max_text_tokens: longer text rows are dropped likewise.
       buckets: visual lengths that contexts are padded to; empty = chosen from the data (at most 4).
       contexts_per_batch: B, over all hosts.
-      questions_per_context: Q, questions of one video that share its visual context.
+      questions_per_context: Q, text rows of one video that share its visual context.
+      questions_per_row: questions of one video that training joins into one row, as a conversation of several turns.
       workers: loader processes; 0 = threads of this process.
       max_failure_share: share of failed contexts above which the run stops.
       decode_seconds: time limit for decoding one file.
@@ -69,6 +70,7 @@ class DataConfig:
     buckets: tuple[int, ...] = ()
     contexts_per_batch: int = 8
     questions_per_context: int = 4
+    questions_per_row: int = 1
     workers: int = 0
     max_failure_share: float = 0.05
     decode_seconds: float = 20.0

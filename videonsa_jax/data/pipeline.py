@@ -41,6 +41,7 @@ from videonsa_jax.data.sources import (
     Probe,
     Record,
     build_index,
+    join_turns,
     probe_videos,
     read_records,
     too_many,
@@ -317,7 +318,8 @@ def _check(config: DataConfig, process_index: int, process_count: int) -> None:
 
     require(config.fps > 0, "fps", "more than 0")
     require(0 < config.min_pixels <= config.max_pixels, "min_pixels", f"1 to max_pixels ({config.max_pixels})")
-    for name in ("max_frames", "questions_per_context", "contexts_per_batch", "max_text_tokens", "max_visual_tokens"):
+    counts = ("max_frames", "questions_per_context", "questions_per_row", "contexts_per_batch")
+    for name in (*counts, "max_text_tokens", "max_visual_tokens"):
         require(getattr(config, name) >= 1, name, "at least 1")
     require(config.workers >= 0, "workers", "a number of processes, or 0 for threads")
     require(0 <= config.max_failure_share <= 1, "max_failure_share", "0 to 1")
@@ -384,6 +386,8 @@ def build_pipeline(
     records, malformed = read_records(
         path, video_root=root, needs_options=not answered, max_failure_share=config.max_failure_share
     )
+    if answered and config.questions_per_row > 1:
+        records = join_turns(records, config.questions_per_row)
     probe = probe or (probe_videos if process_count == 1 else _refuse_probing)
     index = build_index(records, chat, config, model, answered=answered, probe=probe)
     if not answered:
@@ -417,7 +421,8 @@ def build_pipeline(
         rows=range(process_index * rows, (process_index + 1) * rows),
         answered=answered,
     )
-    decides = split, seed, config.contexts_per_batch, config.fps, config.max_frames, config.ablation, index.buckets
+    sampling = config.contexts_per_batch, config.questions_per_row, config.fps, config.max_frames, config.ablation
+    decides = split, seed, sampling, index.buckets
     batches = [(context.records, context.visual, context.bucket) for context in index.contexts]
     return Pipeline(
         records=index.records,

@@ -38,17 +38,19 @@ COLOURS: dict[str, Rgb] = {
     "red": (235, 35, 35),
     "green": (25, 190, 45),
     "blue": (45, 85, 255),
-    "yellow": (255, 225, 30),
     "purple": (180, 50, 225),
-    "white": (255, 255, 255),
+    "pink": (255, 130, 190),
+    "brown": (140, 80, 30),
 }
+CARD_COLOURS: dict[str, Rgb] = {"white": (255, 255, 255), "yellow": (255, 225, 30)}
 EDGE_COLOURS: dict[str, Rgb] = {"orange": (255, 135, 0), "cyan": (0, 205, 235)}
-SHAPES = ("disc", "ring", "cross", "triangle")
+# Told apart by where they are bright, at any size: finer shapes took a small model longer than all else together.
+SHAPES = ("disc", "ring", "bar", "pillar")
 # A disc looks like a ball.
 STILL_SHAPES = ("star", "triangle", "cross", "ring")
-# The two still shapes that spatial questions ask about; the ball and the box are white.
+# The two still shapes that spatial questions ask about.
 STILL_COLOURS = ("red", "blue")
-MOVER_COLOUR = "white"
+MOVER: Rgb = (255, 255, 255)
 WORDS = ("CAT", "DOG", "SUN", "MAP", "KEY", "JET", "FOX", "OWL")
 # Odd numbers of sixteenths of a turn per slot: coprime with the ring, so that every speed visits the same places.
 SPEEDS = {"slow": 1, "medium": 3, "fast": 5, "racing": 7}
@@ -99,7 +101,7 @@ class Card:
 
     def mark(self, slot: int, slots: int) -> Mark | None:
         """What shows in `slot` of a clip of `slots`."""
-        mark = Mark(self.word, COLOURS[self.colour], WHOLE, self.x, self.y)
+        mark = Mark(self.word, CARD_COLOURS[self.colour], WHOLE, self.x, self.y)
         return mark if _shows(self, slot) else None
 
 
@@ -122,21 +124,20 @@ def _shows(event: Needle | Card | Edge, slot: int) -> bool:
 
 @dataclass(frozen=True)
 class Ball:
-    """A ball on a ring: at `phase + step * slot` sixteenths of a turn."""
+    """A white ball on a ring: at `phase + step * slot` sixteenths of a turn."""
 
-    colour: str
     quadrant: int
     phase: int
     step: int
 
     def mark(self, slot: int, slots: int) -> Mark:
         """What shows in `slot` of a clip of `slots`; x is the place on the ring."""
-        return Mark("ball", COLOURS[self.colour], self.quadrant, (self.phase + self.step * slot) % RING_STEPS)
+        return Mark("ball", MOVER, self.quadrant, (self.phase + self.step * slot) % RING_STEPS)
 
 
 @dataclass(frozen=True)
 class Box:
-    """A box that slides along one axis for half of the clip, then along the other; it wraps round its panel.
+    """A white box that slides along one axis for half of the clip, then along the other; it wraps round its panel.
 
     Attributes:
       first: the axis of the first half.
@@ -146,7 +147,6 @@ class Box:
       start_x: its column in the first slot of the horizontal half; `start_y` likewise.
     """
 
-    colour: str
     quadrant: int
     first: Axis
     horizontal: int
@@ -163,7 +163,7 @@ class Box:
             x, y = (self.start_x + self.horizontal * step) % TRACK_STEPS, self.row
         else:
             x, y = self.column, (self.start_y + self.vertical * step) % TRACK_STEPS
-        return Mark("box", COLOURS[self.colour], self.quadrant, x, y)
+        return Mark("box", MOVER, self.quadrant, x, y)
 
 
 @dataclass(frozen=True)
@@ -250,6 +250,8 @@ def _polygon(radius_at: Callable[[int], float], corners: int) -> list[tuple[floa
 _CORNERS: dict[str, list[tuple[float, float]]] = {
     "star": _polygon(lambda corner: 1.1 if corner % 2 == 0 else 0.45, 10),
     "triangle": [(0.0, -1.0), (1.0, 0.9), (-1.0, 0.9)],
+    "bar": [(-1.0, -0.35), (1.0, -0.35), (1.0, 0.35), (-1.0, 0.35)],
+    "pillar": [(-0.35, -1.0), (0.35, -1.0), (0.35, 1.0), (-0.35, 1.0)],
     "cross": [
         *[(-0.3, -1.0), (0.3, -1.0), (0.3, -0.3), (1.0, -0.3), (1.0, 0.3), (0.3, 0.3)],
         *[(0.3, 1.0), (-0.3, 1.0), (-0.3, 0.3), (-1.0, 0.3), (-1.0, -0.3), (-0.3, -0.3)],

@@ -7,11 +7,14 @@ that all hosts of a run hold the same index.
 import json
 import logging
 import math
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import numpy as np
 
 from videonsa_jax.configs import ModelConfig
 from videonsa_jax.data.chat import Chat
@@ -280,6 +283,34 @@ def read_records(
     if not records:
         raise DataError(f"{path}: holds no usable record, expected some" + (f"; {reason}" if malformed else ""))
     return records, malformed
+
+
+def join_turns(records: Sequence[Record], questions: int) -> list[Record]:
+    """Joins records of one video into conversations of several turns, as LLaVA-Video's own files have them.
+
+    Which questions come first is drawn per video, so that every kind of question also opens conversations, as it does
+    when it is asked alone.
+
+    Args:
+      records: the good records.
+      questions: records that one conversation takes up at most.
+
+    Returns:
+      The conversations, videos in order of their first record. A conversation of several records has the first one's
+      id and no options.
+    """
+    by_video: dict[str, list[Record]] = {}
+    for record in records:
+        by_video.setdefault(record.video, []).append(record)
+    joined: list[Record] = []
+    for video, group in by_video.items():
+        order = np.random.default_rng(zlib.crc32(Path(video).name.encode())).permutation(len(group))
+        for start in range(0, len(group), questions):
+            part = [group[place] for place in order[start : start + questions]]
+            turns = tuple(turn for record in part for turn in record.turns)
+            alone = part[0] if len(part) == 1 else replace(part[0], family="", options=(), answer=turns[-1][1])
+            joined.append(replace(alone, index=len(joined), turns=turns))
+    return joined
 
 
 def probe_videos(paths: Sequence[str]) -> list[VideoInfo | str]:
