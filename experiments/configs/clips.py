@@ -77,7 +77,7 @@ def _small_model() -> ModelConfig:
 
 @register
 def nsa_video_small() -> Experiment:
-    """30 M parameters in the 7B model's attention geometry, on 16 and 24 second clips (2 and 3 K visual tokens).
+    """30 M parameters in the 7B model's attention geometry, on 64 and 96 second clips (2 and 3 K visual tokens).
 
     Command: python -m experiments.train --config=nsa_video_small
     Hardware: one GPU or TPU chip; bfloat16 activations.
@@ -86,23 +86,26 @@ def nsa_video_small() -> Experiment:
     return Experiment(
         model=_small_model(),
         data=DataConfig(
-            clips=ClipsConfig(train_clips=6000, frame_side=224, seconds=(16, 24)),
+            clips=ClipsConfig(
+                train_clips=6000, frame_side=140, aspects=("1:1", "8:7", "7:8"), seconds=(64,) * 7 + (96,)
+            ),
             system_prompt="",
-            max_pixels=50_176,
+            # 4 x 4 tokens a pair of frames: 14,700 is 112 x 112 x 8/7 and a little.
+            max_pixels=14_700,
             buckets=(2048, 3072),
             contexts_per_batch=8,
-            questions_per_context=4,
+            questions_per_context=10,
         ),
         optimizer=OptimizerConfig(
             learning_rate=5e-4, warmup_ratio=0.05, warmup_start=0.01, beta2=0.99, weight_decay=0.05
         ),
-        train=TrainConfig(steps=3000, dtype="bfloat16", log_every=20, eval_every=1000, eval_contexts=200),
+        train=TrainConfig(steps=4000, dtype="bfloat16", log_every=20, eval_every=500, eval_contexts=200),
     )
 
 
 @register
 def dense_video_small() -> Experiment:
-    """`nsa_video_small` with dense attention: the same weights, one question a video.
+    """`nsa_video_small` with dense attention: the same weights, a video's questions as turns of one conversation.
 
     Command: python -m experiments.train --config=dense_video_small
     Hardware: one GPU or TPU chip.
@@ -111,7 +114,7 @@ def dense_video_small() -> Experiment:
     base = nsa_video_small()
     return dataclasses.replace(
         base,
-        data=dataclasses.replace(base.data, questions_per_context=1),
+        data=dataclasses.replace(base.data, questions_per_context=1, questions_per_row=10),
         train=dataclasses.replace(base.train, attention="dense"),
     )
 

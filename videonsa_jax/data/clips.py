@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -23,7 +23,7 @@ import av
 from tqdm import tqdm
 
 from videonsa_jax.data.config import ClipsConfig
-from videonsa_jax.data.questions import DESCRIBE, SPLITS, Clip, Split, corpus, draw_clips
+from videonsa_jax.data.questions import DESCRIBE, SPLITS, Clip, Split, aspect_ratio, corpus, draw_clips
 from videonsa_jax.data.scenes import SLOTS_PER_SECOND, Mark, Scene, paint
 from videonsa_jax.data.tokenizer import train_tokenizer
 
@@ -59,8 +59,16 @@ def _check(config: ClipsConfig) -> None:
     require(config.seed >= 0, "seed", "a non-negative number")
     require(config.frame_side >= _MIN_SIDE, "frame_side", f"at least {_MIN_SIDE} pixels")
     require(config.render_workers >= 0, "render_workers", "a number of processes, or 0 for one per core")
+    require(_are_ratios(config.aspects), "aspects", "one width:height or more, each from 1:4 to 4:1")
     multiples = len(config.seconds) > 0 and all(s >= 8 and s % 4 == 0 for s in config.seconds)
     require(multiples, "seconds", "one length or more, each a multiple of 4 from 8 on")
+
+
+def _are_ratios(aspects: Sequence[str]) -> bool:
+    try:
+        return len([aspect_ratio(aspect) for aspect in aspects]) > 0
+    except ValueError:
+        return False
 
 
 def write_video(scene: Scene, path: Path) -> None:

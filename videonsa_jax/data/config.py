@@ -15,6 +15,7 @@ class ClipsConfig:
       heldout_clips: clips of the held-out split; other seeds, other scenes.
       seed: seeds every scene.
       frame_side: side in pixels of the square with a frame's area; resolutions and aspect ratios vary around it.
+      aspects: width to height, dealt evenly like `seconds`.
       seconds: clip lengths in seconds, dealt evenly (a length may stand there twice); multiples of 4 from 8 on.
       render_workers: processes that render and encode; 0 = one per core.
     """
@@ -23,6 +24,8 @@ class ClipsConfig:
     heldout_clips: int = 800
     seed: int = 0
     frame_side: int = 128
+    # No wider ones: a token is 28 pixels, so that a small model would see 16:9 at another scale along each axis.
+    aspects: tuple[str, ...] = ("1:1", "5:4", "4:5")
     seconds: tuple[int, ...] = (8, 8, 8, 12)
     render_workers: int = 0
 

@@ -43,8 +43,6 @@ DESCRIBE = "Describe the clip."
 
 # A clip of flashes carries nine questions, one of a ball or a box two or three.
 _KINDS = ("flashes", "balls", "boxes")
-# No wider ones: a token is 28 pixels, so that a small model would see 16:9 at another scale along each axis.
-_ASPECTS = ((1, 1), (5, 4), (4, 5))
 _SCALES = (0.8, 1.0, 1.25)  # of the frame's side
 _FRAME_RATES = (8, 12, 16)
 # Longer clips would spend most of their rendering on repeated frames.
@@ -99,7 +97,7 @@ def corpus() -> list[str]:
     asked += [(_ask("speed"), tuple(scenes.SPEEDS))]
     asked += [(_ask("direction", end=end), DIRECTIONS) for end in ends]
     asked += [(_ask("spatial", colour=scenes.STILL_COLOURS[0], other=scenes.STILL_COLOURS[1]), RELATIONS)]
-    needles = [Needle(shape, colour, 0, 0, 0, 0) for shape, colour in product(scenes.SHAPES, colours)]
+    needles = [Needle(shape, colour, 0.0, 0.0, 0, 0) for shape, colour in product(scenes.SHAPES, colours)]
     described = [_describe_flashes([needle]) for needle in needles]
     described += [_describe_ball(speed, relation) for speed in scenes.SPEEDS for relation in RELATIONS]
     described += [_describe_box(way, relation) for way in permutations(DIRECTIONS, 2) for relation in RELATIONS]
@@ -285,10 +283,20 @@ def _boxes(dealer: _Dealer, _slots: int) -> tuple[list[Thing], list[Question], s
     return [box, *stills], [*asked, spatial], _describe_box(ways, spatial.answer)
 
 
-def _size(side: float, aspect: tuple[int, int]) -> tuple[int, int]:
+def aspect_ratio(aspect: str) -> float:
+    """The ratio that "width:height" states; a ValueError where it states none between 1:4 and 4:1."""
+    width, _, height = aspect.partition(":")
+    if not (width.isdecimal() and height.isdecimal() and int(height) > 0):
+        raise ValueError(aspect)
+    ratio = int(width) / int(height)
+    if not 0.25 <= ratio <= 4:
+        raise ValueError(aspect)
+    return ratio
+
+
+def _size(side: float, ratio: float) -> tuple[int, int]:
     """Even width and height of about side^2 pixels (4:2:0 chroma wants even sizes)."""
-    ratio = (aspect[0] / aspect[1]) ** 0.5
-    return 2 * round(side * ratio / 2), 2 * round(side / ratio / 2)
+    return 2 * round(side * ratio**0.5 / 2), 2 * round(side / ratio**0.5 / 2)
 
 
 def draw_clips(config: ClipsConfig, split: Split) -> list[Clip]:
@@ -302,7 +310,7 @@ def draw_clips(config: ClipsConfig, split: Split) -> list[Clip]:
         slots = seconds * scenes.SLOTS_PER_SECOND
         things, questions, description = make[_KINDS[index % len(_KINDS)]](dealer, slots)
         side = config.frame_side * dealer.deal("scale", _SCALES)
-        width, height = _size(side, dealer.deal("aspect", _ASPECTS))
+        width, height = _size(side, aspect_ratio(dealer.deal("aspect", config.aspects)))
         grey = int(dealer.rng.integers(10, 50))
         tint = dealer.rng.integers(0, 16, 3).tolist()
         scene = Scene(
