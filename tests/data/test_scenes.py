@@ -184,7 +184,7 @@ def check_flashes(scene: Scene) -> None:
     assert len({card.word for card in cards}) == 2
     assert {thing.onset % thing.slots for thing in (*needles, *cards)} == {0}
     # Whole tokens: one spans two frames.
-    assert {thing.slots for thing in (*needles, *cards)} == {scenes.needle_slots(scene.slots)} <= {2, 4, 6, 8}
+    assert {thing.slots for thing in (*needles, *cards)} == {scenes.event_slots(scene.slots)} <= set(range(2, 17, 2))
     for slot in range(scene.slots):
         looks = [mark.look for mark in scene.marks(slot)]
         assert looks.count("edge") <= 1
@@ -231,7 +231,7 @@ def test_every_length_has_sixteen_onsets_or_more(seconds):
         check_scene(clip.scene)
         assert clip.scene.slots == 4 * seconds
         onsets |= {needle.onset for needle in of(clip.scene, Needle)}
-    assert onsets == set(range(0, 4 * seconds, scenes.needle_slots(4 * seconds)))
+    assert onsets == set(range(0, 4 * seconds, scenes.event_slots(4 * seconds)))
     assert len(onsets) == scenes.needle_places(4 * seconds) >= 16
 
 
@@ -252,7 +252,8 @@ def test_descriptions_tell_what_the_scene_shows(heldout):
         if not told:
             ways = [question.answer for question in clip.questions if question.family == "direction"]
             mover = f"{' '.join(ways)} box" if ways else f"{answers['speed']} ball"
-            told = [mover, f"red {answers['spatial']} blue"]
+            red, blue = of(scene, Still)
+            told = [mover, f"red {red.shape} {answers['spatial']} blue {blue.shape}"]
         assert clip.description.split("\n") == told
 
 

@@ -99,8 +99,9 @@ def corpus() -> list[str]:
     asked += [(_ask("spatial", colour=scenes.STILL_COLOURS[0], other=scenes.STILL_COLOURS[1]), RELATIONS)]
     needles = [Needle(shape, colour, 0.0, 0.0, 0, 0) for shape, colour in product(scenes.SHAPES, colours)]
     described = [_describe_flashes([needle]) for needle in needles]
-    described += [_describe_ball(speed, relation) for speed in scenes.SPEEDS for relation in RELATIONS]
-    described += [_describe_box(way, relation) for way in permutations(DIRECTIONS, 2) for relation in RELATIONS]
+    stills = [Still(scenes.SHAPES[0], colour, 0, 0.0, 0.0) for colour in scenes.STILL_COLOURS]
+    described += [_describe_stills(stills, relation) for relation in RELATIONS]
+    described += [f"{speed} ball" for speed in scenes.SPEEDS] + [f"{way} {way} box" for way in DIRECTIONS]
     return ["\n".join((text, "Options:", *options)) for text, options in asked] + [DESCRIBE, *described]
 
 
@@ -109,16 +110,9 @@ def _describe_flashes(events: Sequence[Needle | Card]) -> str:
     return "\n".join(event.word if isinstance(event, Card) else f"{event.colour} {event.shape}" for event in in_order)
 
 
-def _describe_stills(relation: str) -> str:
-    return f"{scenes.STILL_COLOURS[0]} {relation} {scenes.STILL_COLOURS[1]}"
-
-
-def _describe_ball(speed: str, relation: str) -> str:
-    return f"{speed} ball\n{_describe_stills(relation)}"
-
-
-def _describe_box(ways: Sequence[str], relation: str) -> str:
-    return f"{' '.join(ways)} box\n{_describe_stills(relation)}"
+def _describe_stills(stills: Sequence[Still], relation: str) -> str:
+    here, there = (f"{still.colour} {still.shape}" for still in stills)
+    return f"{here} {relation} {there}"
 
 
 class _Dealer:
@@ -177,7 +171,7 @@ def _take_places(dealer: _Dealer, free: set[int], quarter: int, count: int, plac
 
 def _edges(dealer: _Dealer, count: int, slots: int) -> list[Edge]:
     """`count` orange flashes and one to four cyan ones: two of a colour in different quarters, never two at once."""
-    length, quarter_slots = scenes.EDGE_SLOTS, slots // scenes.QUARTERS
+    length, quarter_slots = scenes.event_slots(slots), slots // scenes.QUARTERS
     onsets = range(1, quarter_slots - length)
     quarters = list(range(scenes.QUARTERS))
     flashes = {"orange": dealer.pick(quarters, count), "cyan": dealer.pick(quarters, int(dealer.rng.integers(1, 5)))}
@@ -194,7 +188,7 @@ def _edges(dealer: _Dealer, count: int, slots: int) -> list[Edge]:
 
 
 def _flashes(dealer: _Dealer, slots: int) -> tuple[list[Thing], list[Question], str]:
-    length, places = scenes.needle_slots(slots), scenes.needle_places(slots)
+    length, places = scenes.event_slots(slots), scenes.needle_places(slots)
     quarters, timed = _needle_ranks(dealer)
     free = set(range(places))
     needle_places = [
@@ -246,7 +240,7 @@ def _stills(dealer: _Dealer) -> tuple[list[Still], Question, int]:
         quadrants = [(0, 2), (1, 3)][dealer.rng.integers(2)]
     if relation in ("right", "below"):
         quadrants = quadrants[::-1]
-    shapes = dealer.pick(scenes.STILL_SHAPES, 2)
+    shapes = dealer.pick(scenes.SHAPES, 2)
     stills = [
         Still(shape, colour, quadrant, *dealer.place())
         for shape, colour, quadrant in zip(shapes, scenes.STILL_COLOURS, quadrants, strict=True)
@@ -263,7 +257,7 @@ def _balls(dealer: _Dealer, _slots: int) -> tuple[list[Thing], list[Question], s
     phase, sense = int(dealer.rng.integers(scenes.RING_STEPS)), int(dealer.rng.choice((-1, 1)))
     ball = Ball(quadrant, phase, sense * scenes.SPEEDS[speed])
     questions = [dealer.question("speed", _ask("speed"), speed, tuple(scenes.SPEEDS)), spatial]
-    return [ball, *stills], questions, _describe_ball(speed, spatial.answer)
+    return [ball, *stills], questions, f"{speed} ball\n{_describe_stills(stills, spatial.answer)}"
 
 
 def _boxes(dealer: _Dealer, _slots: int) -> tuple[list[Thing], list[Question], str]:
@@ -280,7 +274,7 @@ def _boxes(dealer: _Dealer, _slots: int) -> tuple[list[Thing], list[Question], s
         dealer.question("direction", _ask("direction", end=end), way, DIRECTIONS)
         for end, way in zip(("first", "last"), ways, strict=True)
     ]
-    return [box, *stills], [*asked, spatial], _describe_box(ways, spatial.answer)
+    return [box, *stills], [*asked, spatial], f"{' '.join(ways)} box\n{_describe_stills(stills, spatial.answer)}"
 
 
 def aspect_ratio(aspect: str) -> float:

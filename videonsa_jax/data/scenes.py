@@ -46,8 +46,6 @@ CARD_COLOURS: dict[str, Rgb] = {"white": (255, 255, 255), "yellow": (255, 225, 3
 EDGE_COLOURS: dict[str, Rgb] = {"orange": (255, 135, 0), "cyan": (0, 205, 235)}
 # Told apart by where they are bright, at any size: finer shapes took a small model longer than all else together.
 SHAPES = ("disc", "ring", "bar", "pillar")
-# A disc looks like a ball.
-STILL_SHAPES = ("star", "triangle", "cross", "ring")
 # The two still shapes that spatial questions ask about.
 STILL_COLOURS = ("red", "blue")
 MOVER: Rgb = (255, 255, 255)
@@ -212,20 +210,18 @@ class Scene:
         return tuple(mark for mark in marks if mark is not None)
 
 
-def needle_slots(slots: int) -> int:
-    """Slots a needle or card lasts in a clip of `slots`: whole pairs of frames, at most a sixteenth, at most 2 s.
+def event_slots(slots: int) -> int:
+    """Slots a needle, a card or a flash of the edge lasts in a clip of `slots`: at most a sixteenth, at most 4 s.
 
-    They fill a quarter without rest, so that a quarter's places reversed are the same places.
+    Needles and cards are whole pairs of frames and fill a quarter without rest, so that a quarter's places reversed
+    are the same places.
     """
-    return max(length for length in (2, 4, 6, 8) if length <= slots // 16 and slots // QUARTERS % length == 0)
+    return max(length for length in range(2, 17, 2) if length <= slots // 16 and slots // QUARTERS % length == 0)
 
 
 def needle_places(slots: int) -> int:
     """Onsets a needle or card can have in a clip of `slots`; a quarter of them lie in each quarter of the clip."""
-    return slots // needle_slots(slots)
-
-
-EDGE_SLOTS = 2
+    return slots // event_slots(slots)
 
 
 def _margin(width: int, height: int) -> int:
@@ -241,21 +237,10 @@ def _region(image: Image.Image, quadrant: int) -> tuple[float, float, float, flo
     return margin + width * (quadrant % 2 + 0.5) / 2, margin + height * (quadrant // 2 + 0.5) / 2, width / 2, height / 2
 
 
-def _polygon(radius_at: Callable[[int], float], corners: int) -> list[tuple[float, float]]:
-    angles = [2 * math.pi * corner / corners for corner in range(corners)]
-    return [(radius_at(i) * math.sin(angle), -radius_at(i) * math.cos(angle)) for i, angle in enumerate(angles)]
-
-
 # Corners in units of the shape's half side.
 _CORNERS: dict[str, list[tuple[float, float]]] = {
-    "star": _polygon(lambda corner: 1.1 if corner % 2 == 0 else 0.45, 10),
-    "triangle": [(0.0, -1.0), (1.0, 0.9), (-1.0, 0.9)],
     "bar": [(-1.0, -0.35), (1.0, -0.35), (1.0, 0.35), (-1.0, 0.35)],
     "pillar": [(-0.35, -1.0), (0.35, -1.0), (0.35, 1.0), (-0.35, 1.0)],
-    "cross": [
-        *[(-0.3, -1.0), (0.3, -1.0), (0.3, -0.3), (1.0, -0.3), (1.0, 0.3), (0.3, 0.3)],
-        *[(0.3, 1.0), (-0.3, 1.0), (-0.3, 0.3), (-1.0, 0.3), (-1.0, -0.3), (-0.3, -0.3)],
-    ],
 }
 
 
@@ -314,7 +299,7 @@ def _paint_box(image: Image.Image, mark: Mark) -> None:
 
 
 _PAINTERS: dict[str, Callable[[Image.Image, Mark], None]] = {
-    **dict.fromkeys((*SHAPES, *STILL_SHAPES), _paint_shape),
+    **dict.fromkeys(SHAPES, _paint_shape),
     **dict.fromkeys(WORDS, _paint_card),
     "edge": _paint_edge,
     "ball": _paint_ball,
