@@ -1,8 +1,11 @@
 """Times the train step of a named experiment and its pieces, on synthetic batches of the experiment's largest shape.
 
     python -m benchmarks.step_time --config=nsa_video
-    XLA_FLAGS=--xla_gpu_autotune_level=0 python -m benchmarks.step_time --config=nsa_video_small --json=OUT.json
+    XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false" \
+        python -m benchmarks.step_time --config=nsa_video_small --json=OUT.json
 
+On GPUs the flags matter more than anything else: without autotuning (which takes minutes to compile), XLA's own Triton
+matrix products run with an untuned tile; cuBLAS' are up to 20 times as fast.
 Each piece is compiled by itself. Before anything is timed, the attention operations are compared with their reference
 implementation on the benchmark's own device. Times are medians; the JSON keeps every sample. One device is used.
 """
@@ -12,6 +15,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -66,7 +70,8 @@ def synthetic_batch(experiment: Experiment, contexts: int, text_tokens: int) -> 
     patches = (side * merge) ** 2
 
     def repeat(x: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:
-        return np.broadcast_to(x.reshape(*x.shape[:-1], *(1,) * len(lead), x.shape[-1]), (*x.shape[:-1], *lead, x.shape[-1])).copy()
+        expanded = x.reshape(*x.shape[:-1], *(1,) * len(lead), x.shape[-1])
+        return np.broadcast_to(expanded, (*x.shape[:-1], *lead, x.shape[-1])).copy()
 
     lengths = np.full(rows, text_tokens, np.int32)
     inputs = Batch(
@@ -147,7 +152,9 @@ def check_attention(model: ModelConfig, dtype: str) -> dict[str, float]:
         return nsa_attention(q, k, v, gates, block_indices=chosen, implementation=implementation, **options)
 
     def dense(q: jax.Array, k: jax.Array, v: jax.Array, _: jax.Array, implementation: str | None) -> jax.Array:
-        return causal_prefix(q, k, v, implementation)
+        visible = jnp.broadcast_to(jnp.arange(q.shape[1]), (1, 1, q.shape[1]))  # the first query sees no key
+        o, lse = prefix_attention(q[:, None], k, v, visible, implementation=implementation)
+        return jnp.where(visible[..., None, None, None] > 0, o + 0.1 * lse[..., None], o)
 
     distances = {}
     for name, function in (("nsa", nsa), ("dense", dense)):
@@ -156,7 +163,8 @@ def check_attention(model: ModelConfig, dtype: str) -> dict[str, float]:
         exact = tuple(x.astype(jnp.float32) for x in arrays)
         run, _ = with_gradient(functools.partial(function, implementation="reference"), exact, 4)
         expected = jax.jit(run)(*(x.astype(jnp.float32) for x in inputs))
-        for part, x, y in zip(("o", "dq", "dk", "dv", "dgates"), jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+        for part, (x, y) in zip(("o", "dq", "dk", "dv", "dgates"), pairs, strict=True):
             x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
             distances[f"{name} {part}"] = float(np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-30))
     wrong = {name: distance for name, distance in distances.items() if not distance <= limit}
@@ -273,9 +281,11 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         compile_seconds, times = measure(*piece, options.samples)
         results[name] = {"compile_seconds": compile_seconds, "median": statistics.median(times), "seconds": times}
-        print(f"{name:28}{1e3 * statistics.median(times):10.2f}{1e3 * min(times):10.2f}{compile_seconds:11.1f}", flush=True)
+        middle, least = 1e3 * statistics.median(times), 1e3 * min(times)
+        print(f"{name:28}{middle:10.2f}{least:10.2f}{compile_seconds:11.1f}", flush=True)
     if options.json:
         record = {"config": options.config, "distances": distances, "pieces": results, **environment()}
+        record["xla_flags"] = os.environ.get("XLA_FLAGS", "")
         record["batch"] = {field.name: getattr(batch.inputs, field.name).shape for field in dataclasses.fields(Batch)}
         partial = options.json.with_suffix(".partial")
         partial.write_text(json.dumps(record, indent=1) + "\n")

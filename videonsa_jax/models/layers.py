@@ -10,6 +10,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+UNROLLED_LAYERS = 4
+"""Stacks of at most so many layers are compiled layer by layer: a loop would copy each layer's activations and weights
+into and out of stacked arrays."""
+
 
 def fan_in_init(scale: float = 1.0) -> nnx.Initializer:
     """Truncated normal of standard deviation scale / sqrt(fan in)."""
@@ -135,4 +139,5 @@ def scan_stack[Layer: nnx.Module, Carry, Xs](
 
     # The loop already keeps XLA from merging the recomputation with the forward pass.
     body = jax.checkpoint(body, prevent_cse=False) if remat else body
-    return jax.lax.scan(body, carry, (state, xs), unroll=True)[0]
+    count = jax.tree.leaves(state)[0].shape[0]
+    return jax.lax.scan(body, carry, (state, xs), unroll=count <= UNROLLED_LAYERS)[0]

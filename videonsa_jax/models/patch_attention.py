@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.chunked import attend, attend_gradient, over_query_chunks
 
@@ -91,8 +91,10 @@ class _Form:
         """Which keys a tile's queries see."""
         own = self._cut(number)
         query, key = own[:, :, :, None], self._reach(own, PADDING)[:, :, None, :]
-        seen = query == key if self.windowed else key != PADDING
-        return (seen & (query != PADDING))[:, :, None, :, None, :] & (key != PADDING)[:, :, None, :, None, :]
+        seen = (query != PADDING) & (key != PADDING)
+        if self.windowed:
+            seen &= query == key
+        return seen[:, :, None, :, None, :]
 
     def _cut(self, x: Array) -> Array:
         return x.reshape(x.shape[0], x.shape[1] // self.size, self.size, *x.shape[2:])
@@ -107,7 +109,7 @@ class _Form:
 def _over_forms(function: Callable[..., Any], kind: Array, size: int, arrays: tuple[Array, ...]) -> Any:
     """`function(form, *arrays)`, a chunk of frames at a time, in the form that `kind` says."""
     patches, heads = arrays[0].shape[1:3]
-    whole = min(size, patches)
+    block = min(size, patches)
 
     def in_form(form: _Form) -> Callable[..., Any]:
         def run(*arrays: Array) -> Any:
@@ -120,7 +122,7 @@ def _over_forms(function: Callable[..., Any], kind: Array, size: int, arrays: tu
 
         return run
 
-    forms = (_Form(patches, False, False), _Form(whole, False, True), _Form(whole, True, True))
+    forms = (_Form(patches, False, False), _Form(block, False, True), _Form(block, True, True))
     # In a frame no larger than a window, no window can cross a border.
     return jax.lax.switch(kind, [in_form(form) for form in forms[: 2 if patches <= size else 3]], *arrays)
 
@@ -155,7 +157,7 @@ def _attend(
 
 def _attend_forward(
     q: Array, k: Array, v: Array, number: Array, kind: Array, size: int
-) -> tuple[Array, tuple[Array | Float32[Array, "F P H"], ...]]:
+) -> tuple[Array, tuple[Array, ...]]:
     o, lse = _over_forms(_tile_forward, kind, size, (q, k, v, number))
     return o, (q, k, v, number, o, lse, kind)
 

@@ -29,6 +29,7 @@ from videonsa_jax.models.patch_attention import PADDING, Windows, attend_patches
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
+
 def normalise_pixels(patches: UInt8[Array, "*L patch_dim"], channels: int = 3) -> Float[Array, "*L patch_dim"]:
     """Rescales uint8 pixels to [0, 1] and normalises each channel; float32. A patch is channel-major."""
     per_channel = patches.shape[-1] // channels
