@@ -29,5 +29,4 @@ def compressed_attention(
         count = jnp.where(past, 0, count)
         q = zero_where(past, q)
         k_blocks, v_blocks = (zero_where(end > length, x) for x in (k_blocks, v_blocks))
-    block = jnp.arange(k_blocks.shape[1])
-    return dense_attention(q, k_blocks, v_blocks, count, lambda count: (block < count[..., None])[:, None])
+    return dense_attention(q, k_blocks, v_blocks, count)

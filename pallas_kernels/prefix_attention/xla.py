@@ -32,14 +32,7 @@ def prefix_attention(
     lead = (batch, rows * queries) if shared else (batch * rows, queries)
     if not shared:
         k, v = (x.reshape(batch * rows, *x.shape[2:]) for x in (k, v))
-    key = jnp.arange(keys)
-    o, lse = dense_attention(
-        q.reshape(*lead, *q.shape[3:]),
-        k,
-        v,
-        count.reshape(lead),
-        lambda count: (key < count[..., None])[:, None],
-    )
+    o, lse = dense_attention(q.reshape(*lead, *q.shape[3:]), k, v, count.reshape(lead))
     return o.reshape(q.shape), lse.reshape(q.shape[:-1])
 
 

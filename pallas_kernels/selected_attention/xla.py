@@ -46,13 +46,11 @@ def _dense(
     keys = k.shape[1]
     blocks = jnp.arange(block_total(keys, block_size))
 
-    def visible(chunk: Any) -> jax.Array:
-        index, end = chunk
-        chosen = (jnp.swapaxes(index, 1, 2)[..., None] == blocks).any(axis=3)
-        chosen = jnp.repeat(chosen, block_size, axis=-1)[..., :keys]
-        return chosen & (jnp.arange(keys) < end[:, None, :, None])
+    def chosen(index: jax.Array) -> jax.Array:
+        by_block = (jnp.swapaxes(index, 1, 2)[..., None] == blocks).any(axis=3)
+        return jnp.repeat(by_block, block_size, axis=-1)[..., :keys]
 
-    return dense_attention(q, k, v, (block_indices, end), visible)
+    return dense_attention(q, k, v, end, block_indices, chosen)
 
 
 def _fetched(

@@ -8,6 +8,7 @@ from pallas_kernels.chunked import attend, dense_attention, over_query_chunks
 from pallas_kernels.common import ArrayLike, Scalar, query_indices, resolve_lengths, zero_where
 
 _SMALLEST_CHUNK = 64
+_ALIGNMENT = 8  # bfloat16 rows of 16 bytes: GPUs' matrix units read no shorter ones at full speed
 
 
 def window_attention(
@@ -27,17 +28,18 @@ def window_attention(
     q = zero_where(past, q)
     k, v = (zero_where(jnp.arange(keys) >= length, x) for x in (k, v))
 
-    chunk = max(_SMALLEST_CHUNK, window_size)
-    if queries > chunk and chunk + window_size <= keys:
-        return _banded(q, k, v, past, window_size, q_offset, chunk)
+    # Keys before a chunk's own: at least w - 1, in number a multiple of what matrix units take.
+    before = -(-(window_size - 1) // _ALIGNMENT) * _ALIGNMENT
+    chunk = max(_SMALLEST_CHUNK, before)
+    if queries > chunk and chunk + before < keys:
+        return _banded(q, k, v, past, window_size, q_offset, chunk, before)
 
-    t = jnp.where(past, keys + window_size, query_indices(queries, q_offset))
+    end = jnp.where(past, 0, query_indices(queries, q_offset) + 1)
 
-    def visible(t: jax.Array) -> jax.Array:
-        distance = t[:, None, :, None] - jnp.arange(keys)
-        return (distance >= 0) & (distance < window_size)
+    def in_window(end: jax.Array) -> jax.Array:
+        return jnp.arange(keys) >= end[:, None, :, None] - window_size
 
-    return dense_attention(q, k, v, t, visible)
+    return dense_attention(q, k, v, end, end, in_window)
 
 
 def _banded(
@@ -48,9 +50,9 @@ def _banded(
     window_size: int,
     q_offset: Scalar,
     chunk: int,
+    before: int,
 ) -> tuple[jax.Array, jax.Array]:
     batch, queries, heads, group, size = q.shape
-    before = window_size - 1
     chunks = -(-queries // chunk)
     padded = chunks * chunk
 
@@ -59,15 +61,15 @@ def _banded(
         return x.reshape(batch, chunks, chunk, *x.shape[2:])
 
     def band(x: jax.Array) -> jax.Array:
-        # From the key w - 1 before the first query on, as many as the padded queries need; a chunk's keys are its own
-        # and the first w - 1 of the chunk-sized piece that starts w - 1 earlier (chunk >= w).
+        # From the key `before` the first query on, as many as the padded queries need; a chunk's keys are its own and
+        # the first `before` of the chunk-sized piece that starts so much earlier (chunk >= before).
         x = jnp.pad(x, [(0, 0), (before, padded), (0, 0), (0, 0)])
         x = jax.lax.dynamic_slice_in_dim(x, jnp.asarray(q_offset, jnp.int32), before + padded, axis=1)
         earlier = x[:, :padded].reshape(batch, chunks, chunk, heads, size)[:, :, :before]
         own = x[:, before:].reshape(batch, chunks, chunk, heads, size)
         return jnp.swapaxes(jnp.concatenate([earlier, own], axis=2), 2, 3)
 
-    # Key column c of a chunk is at the distance i + w - 1 - c from its query i.
+    # Key column c of a chunk is at the distance i + before - c from its query i.
     distance = jnp.arange(chunk)[:, None] + before - jnp.arange(before + chunk)
     in_window = (distance >= 0) & (distance < window_size)
     first_key = jnp.asarray(q_offset, jnp.int32) - before + jnp.arange(chunks) * chunk

@@ -1,12 +1,18 @@
 """What the vision tower and the decoder share: initialisers, linear maps, RMSNorm, the gated MLP, stacks of layers."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+UNROLLED_LAYERS = 4
+"""Stacks of at most so many layers are compiled layer by layer: a loop would copy each layer's activations and weights
+into and out of stacked arrays."""
 
 
 def fan_in_init(scale: float = 1.0) -> nnx.Initializer:
@@ -20,6 +26,21 @@ def residual_scale(num_layers: int) -> float:
     Two maps a layer add to the stream (GPT-2, section 2.3); with this its variance does not grow with depth.
     """
     return (2 * num_layers) ** -0.5
+
+
+def _dot_general(
+    x: Float[Array, "*L in"], kernel: Float[Array, "in out"], dimensions: jax.lax.DotDimensionNumbers, **options: Any
+) -> Float[Array, "*L out"]:
+    """`lax.dot_general` as `nnx.Linear` calls it."""
+
+    def rows_flattened(x: Array, kernel: Array) -> Array:
+        rows = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
+        return rows.reshape(*x.shape[:-1], kernel.shape[-1])
+
+    # The kernel's gradient sums over all leading axes. Where there are several, XLA's CPU backend first copies both
+    # operands. Elsewhere, flattening gains nothing and merges axes that may be split over devices.
+    plain = functools.partial(jax.lax.dot_general, dimension_numbers=dimensions, **options)
+    return jax.lax.platform_dependent(x, kernel, cpu=rows_flattened, default=plain)
 
 
 def linear(
@@ -40,6 +61,7 @@ def linear(
         kernel_init=fan_in_init() if kernel_init is None else kernel_init,
         dtype=dtype,
         param_dtype=param_dtype,
+        dot_general=_dot_general,
         rngs=rngs,
     )
 
@@ -117,4 +139,5 @@ def scan_stack[Layer: nnx.Module, Carry, Xs](
 
     # The loop already keeps XLA from merging the recomputation with the forward pass.
     body = jax.checkpoint(body, prevent_cse=False) if remat else body
-    return jax.lax.scan(body, carry, (state, xs))[0]
+    count = jax.tree.leaves(state)[0].shape[0]
+    return jax.lax.scan(body, carry, (state, xs), unroll=count <= UNROLLED_LAYERS)[0]

@@ -3,6 +3,8 @@
 Parameter names follow transformers' `Qwen2_5_VisionTransformerPretrainedModel`.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,12 +23,11 @@ from videonsa_jax.models.layers import (
     scan_stack,
     stack,
 )
+from videonsa_jax.models.patch_attention import PADDING, Windows, attend_patches
 
 # CLIP's, as in Qwen2.5-VL's preprocessor_config.json.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-
-_MASKED = -1e30  # finite: a padded frame has no visible patch at all, and must not turn into NaN
 
 
 def normalise_pixels(patches: UInt8[Array, "*L patch_dim"], channels: int = 3) -> Float[Array, "*L patch_dim"]:
@@ -58,10 +59,9 @@ def patch_places(
     return rows, columns, valid
 
 
-def window_mask(rows: Int[Array, "*F P"], columns: Int[Array, "*F P"], side: int) -> Bool[Array, "*F P P"]:
-    """Whether two patches lie in the same window of side x side patches, windows starting at the frame's corner."""
-    row, column = rows // side, columns // side
-    return (row[..., :, None] == row[..., None, :]) & (column[..., :, None] == column[..., None, :])
+def window_numbers(rows: Int[Array, "*F P"], columns: Int[Array, "*F P"], side: int) -> Int[Array, "*F P"]:
+    """Numbers the windows of side x side patches, which start at the frame's corner; row-major, with gaps."""
+    return rows // side * rows.shape[-1] + columns // side
 
 
 class VisionAttention(nnx.Module):
@@ -78,18 +78,16 @@ class VisionAttention(nnx.Module):
         self,
         x: Float[Array, "F P hidden"],
         tables: tuple[Float[Array, "F P half"], Float[Array, "F P half"]],
-        visible: Bool[Array, "F P P"],
+        windows: Windows,
+        is_full: Bool[Array, ""],
     ) -> Float[Array, "F P hidden"]:
-        """Attends; `visible[f, i, j]` says whether patch i sees patch j. Softmax in float32."""
+        """Attends among the patches of a frame or, unless `is_full`, of a window. Softmax in float32."""
         frames, patches, hidden = x.shape
         by_head = (frames, patches, self.num_heads, hidden // self.num_heads)
         query, key, value = (part.reshape(by_head) for part in jnp.split(self.qkv(x), 3, axis=-1))
         tables = jax.tree.map(lambda table: table[:, :, None], tables)
         query, key = rope.rotate(query, tables), rope.rotate(key, tables)
-        logits = jnp.einsum("fphd,fkhd->fhpk", query, key, preferred_element_type=jnp.float32)
-        logits = jnp.where(visible[:, None], logits * query.shape[-1] ** -0.5, _MASKED)
-        weights = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
-        return self.proj(jnp.einsum("fhpk,fkhd->fphd", weights, value).reshape(frames, patches, hidden))
+        return self.proj(attend_patches(query, key, value, windows, is_full).reshape(frames, patches, hidden))
 
 
 class VisionBlock(nnx.Module):
@@ -108,10 +106,11 @@ class VisionBlock(nnx.Module):
         self,
         x: Float[Array, "F P hidden"],
         tables: tuple[Float[Array, "F P half"], Float[Array, "F P half"]],
-        visible: Bool[Array, "F P P"],
+        windows: Windows,
+        is_full: Bool[Array, ""],
     ) -> Float[Array, "F P hidden"]:
         """Attention, then the gated MLP, each added to its input."""
-        x = x + self.attn(self.norm1(x), tables, visible)
+        x = x + self.attn(self.norm1(x), tables, windows, is_full)
         return x + self.mlp(self.norm2(x))
 
 
@@ -175,14 +174,48 @@ class VisionTower(nnx.Module):
           Merged tokens `[F, P / merge^2, out_hidden]` in `dtype`, row-major inside a frame; finite where padded.
         """
         config = self.config
-        rows, columns, valid = patch_places(frame_grids, patches.shape[1], config.spatial_merge_size)
+        side, merge = config.window_size // config.patch_size, config.spatial_merge_size
+        patches, rows, columns, windows, restore = _window_by_window(patches, frame_grids, side, merge)
         tables = rope.grid_tables(rows, columns, config.head_dim, config.rope_theta)
-        same_window = window_mask(rows, columns, config.window_size // config.patch_size)
 
         def apply(block: VisionBlock, x: Array, is_full: Array) -> Array:
-            return block(x, tables, valid[:, None] & (same_window | is_full))
+            return block(x, tables, windows, is_full)
 
-        is_full = jnp.isin(jnp.arange(config.depth), jnp.asarray(config.fullatt_block_indexes, jnp.int32))
+        is_full = np.isin(np.arange(config.depth), config.fullatt_block_indexes)
         x = self.patch_embed(normalise_pixels(patches, config.in_channels).astype(self.dtype))
         x = scan_stack(apply, self.blocks, x, is_full, remat=self.remat)
-        return self.merger(x)
+        return restore(self.merger(x))
+
+
+def _window_by_window(
+    patches: UInt8[Array, "F P patch_dim"], frame_grids: Int[Array, "F 2"], side: int, merge: int
+) -> tuple[Array, Array, Array, Windows, Callable[[Array], Array]]:
+    """Reorders each frame's patches so that windows are contiguous, as Qwen2.5-VL does.
+
+    Returns:
+      The patches, their rows, columns and windows, and a function that puts merged tokens back in order.
+    """
+    rows, columns, valid = patch_places(frame_grids, patches.shape[1], merge)
+    number = jnp.where(valid, window_numbers(rows, columns, side), PADDING)
+    if patches.shape[1] <= side * side:
+        return patches, rows, columns, Windows(number, side * side), lambda merged: merged
+
+    # Whole merge groups move: a window never cuts one.
+    group = merge * merge
+    order = jnp.argsort(number[:, ::group], axis=1, stable=True)
+    fill = -patches.shape[1] % (side * side)
+
+    def reorder(x: Array, padding: int = 0) -> Array:
+        moved = _take(x.reshape(*order.shape, group, *x.shape[2:]), order).reshape(x.shape)
+        return jnp.pad(moved, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2), constant_values=padding)
+
+    def restore(merged: Array) -> Array:
+        return _take(merged[:, : order.shape[1]], jnp.argsort(order, axis=1))
+
+    windows = Windows(reorder(number, PADDING), side * side)
+    return reorder(patches), reorder(rows), reorder(columns), windows, restore
+
+
+def _take(x: Array, permutation: Array) -> Array:
+    # With unique indices the gradient is a plain write instead of atomic additions.
+    return jax.vmap(lambda x, i: x.at[i].get(unique_indices=True, mode="promise_in_bounds"))(x, permutation)
