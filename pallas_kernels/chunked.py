@@ -223,7 +223,7 @@ def dense_attention(
       v: values, likewise.
       end: one past the last key that a query may see.
       per_query: tree of arrays [B, T, ...] from which the mask is made.
-      visible: maps a chunk [B, C, ...] of `per_query` to a mask that broadcasts to [B, N, C, S]; None hides nothing more.
+      visible: maps a chunk [B, C, ...] of `per_query` to a mask that broadcasts to [B, N, C, S]; None hides nothing.
 
     Returns:
       Output in q's dtype and natural log-sum-exp in float32.
