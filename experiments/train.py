@@ -12,6 +12,7 @@ loss or gradient that is not finite (the state before it is saved), 75 stopped b
 
 import argparse
 import contextlib
+import importlib.util
 import math
 import os
 import sys
@@ -71,6 +72,25 @@ def _join_processes(address: str) -> None:
     return jax.distributed.initialize(coordinator, int(numbers[0]), int(numbers[1]))
 
 
+def _choose_gpu_products() -> None:
+    """Sends XLA's matrix products to cuBLAS, untimed, where XLA_FLAGS do not say otherwise.
+
+    On an H100 XLA's default, timing Triton kernels for every product while compiling, takes minutes for a 30 M model;
+    its untimed Triton tiles are 5 times slower than cuBLAS over the whole step (docs/attention.md).
+    """
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        return
+    flags = os.environ.get("XLA_FLAGS", "")
+    wanted = ("--xla_gpu_enable_triton_gemm=false", "--xla_gpu_autotune_level=0")
+    missing = [flag for flag in wanted if flag.partition("=")[0] not in flags]
+    os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _use_all_cores(experiment: Experiment) -> None:
     """Splits the CPU into devices that share each batch: XLA runs a small model's step on little more than one core.
 
@@ -79,7 +99,7 @@ def _use_all_cores(experiment: Experiment) -> None:
     counted = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if counted or experiment.mesh != MeshConfig() or jax.config.jax_num_cpu_devices > 0:
         return
-    contexts, cores = experiment.data.contexts_per_batch, os.cpu_count() or 1
+    contexts, cores = experiment.data.contexts_per_batch, _cores()
     with contextlib.suppress(RuntimeError):  # the devices are in use already, in a caller's process
         jax.config.update("jax_num_cpu_devices", max(math.gcd(contexts, count) for count in range(1, cores + 1)))
 
@@ -91,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in configs.names():
             print(f"{name:20} {configs.summary(name)}")
         return EXIT_DONE
+    _choose_gpu_products()
     try:
         with usage_errors():
             experiment = _experiment(options.config, options.set)
