@@ -87,19 +87,23 @@ def nsa_video_small() -> Experiment:
         model=_small_model(),
         data=DataConfig(
             clips=ClipsConfig(
-                train_clips=6000, frame_side=140, aspects=("1:1", "8:7", "7:8"), seconds=(64,) * 7 + (96,)
+                train_clips=12_000,
+                frame_side=140,
+                aspects=("1:1", "8:7", "7:8"),
+                seconds=(64, 64, 64, 96),
+                short_seconds=(8,) * 12,
             ),
             system_prompt="",
             # 4 x 4 tokens a pair of frames: 14,700 is 112 x 112 x 8/7 and a little.
             max_pixels=14_700,
-            buckets=(2048, 3072),
+            buckets=(256, 2048, 3072),
             contexts_per_batch=8,
             questions_per_context=10,
         ),
         optimizer=OptimizerConfig(
             learning_rate=5e-4, warmup_ratio=0.05, warmup_start=0.01, beta2=0.99, weight_decay=0.05
         ),
-        train=TrainConfig(steps=4000, dtype="bfloat16", log_every=20, eval_every=500, eval_contexts=200),
+        train=TrainConfig(steps=10_000, dtype="bfloat16", log_every=50, eval_every=2500, eval_contexts=200),
     )
 
 

@@ -170,14 +170,15 @@ def test_racing_makers_make_it_once(tmp_path, monkeypatch):
     [
         (
             {"seconds": (10,)},
-            r"ClipsConfig: seconds is \(10,\), expected one length or more, each a multiple of 4 from",
+            r"ClipsConfig: seconds is \(10,\), expected lengths that are multiples of 4 from 8 on",
         ),
         (
             {"seconds": (8, 4)},
-            r"ClipsConfig: seconds is \(8, 4\), expected one length or more, .* multiple of 4 from 8 on",
+            r"ClipsConfig: seconds is \(8, 4\), expected lengths that are multiples of 4 from 8 on",
         ),
         ({"seconds": (4,)}, r"ClipsConfig: seconds is \(4,\), expected"),
-        ({"seconds": ()}, r"ClipsConfig: seconds is \(\), expected"),
+        ({"seconds": ()}, r"ClipsConfig: seconds is \(\), expected one length or more"),
+        ({"short_seconds": (9,)}, r"ClipsConfig: short_seconds is \(9,\), expected lengths that are multiples of 4"),
         ({"train_clips": 0}, "ClipsConfig: train_clips is 0, expected at least 1"),
         ({"heldout_clips": 0}, "ClipsConfig: heldout_clips is 0, expected at least 1"),
         ({"frame_side": 20}, "ClipsConfig: frame_side is 20, expected at least 64 pixels"),

@@ -28,7 +28,7 @@ from videonsa_jax.data.questions import (
     Question,
     draw_clips,
 )
-from videonsa_jax.data.scenes import Ball, Box, Card, Edge, Needle, Scene, Still
+from videonsa_jax.data.scenes import Ball, Box, Card, Edge, Needle, Scene, Sign, Still
 
 ORDERED = ("time", "order", "direction", "speed")
 
@@ -52,7 +52,7 @@ def of(scene: Scene, kind: type) -> list:
     return [thing for thing in scene.things if isinstance(thing, kind)]
 
 
-def shown(scene: Scene, **look: str) -> Needle | Card | Ball | Box | Still:
+def shown(scene: Scene, **look: str) -> Needle | Card | Ball | Box | Still | Sign:
     """The one thing of a scene with this shape or colour."""
     (thing,) = (
         thing
@@ -203,9 +203,9 @@ def check_scene(scene: Scene) -> None:
         assert (kinds.pop(Needle), kinds.pop(Card)) == (4, 2)
         assert set(kinds) == {Edge}
         return check_flashes(scene)
-    assert kinds in (Counter({Ball: 1, Still: 2}), Counter({Box: 1, Still: 2}))
+    assert kinds in (Counter({Ball: 1, Still: 2, Sign: 1}), Counter({Box: 1, Still: 2, Sign: 1}))
     assert [still.colour for still in of(scene, Still)] == ["red", "blue"]
-    assert len({thing.quadrant for thing in scene.things}) == 3
+    assert len({thing.quadrant for thing in scene.things}) == 4
     assert len({still.shape for still in of(scene, Still)}) == 2
     assert all(abs(ball.step) in (1, 3, 5, 7) for ball in of(scene, Ball))
     for box in of(scene, Box):
@@ -253,7 +253,8 @@ def test_descriptions_tell_what_the_scene_shows(heldout):
             ways = [question.answer for question in clip.questions if question.family == "direction"]
             mover = f"{' '.join(ways)} box" if ways else f"{answers['speed']} ball"
             red, blue = of(scene, Still)
-            told = [mover, f"red {red.shape} {answers['spatial']} blue {blue.shape}"]
+            (sign,) = of(scene, Sign)
+            told = [mover, f"red {red.shape} {answers['spatial']} blue {blue.shape}", sign.word]
         assert clip.description.split("\n") == told
 
 
@@ -322,6 +323,7 @@ def unordered_features(scene: Scene, question: Question) -> dict[str, object]:
         return features | {"shape": needle.shape, "left": needle.x < 0, "cards": of(scene, Card)[0].word}
     red, blue = of(scene, Still)
     features |= {"stills": (red.quadrant, blue.quadrant), "shape": red.shape, "other shape": blue.shape}
+    features |= {"word": of(scene, Sign)[0].word, "sign": of(scene, Sign)[0].colour}
     for ball in of(scene, Ball):
         features |= {"quadrant": ball.quadrant, "phase": ball.phase}
     for box in of(scene, Box):
@@ -347,6 +349,12 @@ def test_nothing_seen_without_order_goes_with_the_answer(train):
         table = np.array([[counts[value, name] for name in sorted(answers)] for value in sorted(values)])
         # There are about 50 tables.
         assert chi2_contingency(table).pvalue > 1e-4, key
+
+
+def test_short_lengths_are_for_training_alone():
+    config = ClipsConfig(train_clips=40, heldout_clips=40, seconds=(16,), short_seconds=(8, 12))
+    lengths = {split: {clip.scene.slots // 4 for clip in draw_clips(config, split)} for split in ("train", "heldout")}
+    assert lengths == {"train": {8, 12, 16}, "heldout": {16}}
 
 
 def test_splits_share_no_scene(train, heldout):

@@ -28,7 +28,7 @@ from videonsa_jax.data.scenes import SLOTS_PER_SECOND, Mark, Scene, paint
 from videonsa_jax.data.tokenizer import train_tokenizer
 
 # Raise it when the same configuration would give other files.
-_VERSION = 7
+_VERSION = 8
 
 _MIN_SIDE = 64
 _CLIPS_PER_WORKER = 16
@@ -60,8 +60,10 @@ def _check(config: ClipsConfig) -> None:
     require(config.frame_side >= _MIN_SIDE, "frame_side", f"at least {_MIN_SIDE} pixels")
     require(config.render_workers >= 0, "render_workers", "a number of processes, or 0 for one per core")
     require(_are_ratios(config.aspects), "aspects", "one width:height or more, each from 1:4 to 4:1")
-    multiples = len(config.seconds) > 0 and all(s >= 8 and s % 4 == 0 for s in config.seconds)
-    require(multiples, "seconds", "one length or more, each a multiple of 4 from 8 on")
+    require(len(config.seconds) > 0, "seconds", "one length or more")
+    for name in ("seconds", "short_seconds"):
+        multiples = all(length >= 8 and length % 4 == 0 for length in getattr(config, name))
+        require(multiples, name, "lengths that are multiples of 4 from 8 on")
 
 
 def _are_ratios(aspects: Sequence[str]) -> bool:

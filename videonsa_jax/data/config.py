@@ -17,6 +17,8 @@ class ClipsConfig:
       frame_side: side in pixels of the square with a frame's area; resolutions and aspect ratios vary around it.
       aspects: width to height, dealt evenly like `seconds`.
       seconds: clip lengths in seconds, dealt evenly (a length may stand there twice); multiples of 4 from 8 on.
+      short_seconds: further lengths of training clips, dealt with `seconds`: with long clips alone, a model learns to
+        read a frame at the price of thousands of tokens an example.
       render_workers: processes that render and encode; 0 = one per core.
     """
 
@@ -27,6 +29,7 @@ class ClipsConfig:
     # No wider ones: a token is 28 pixels, so that a small model would see 16:9 at another scale along each axis.
     aspects: tuple[str, ...] = ("1:1", "5:4", "4:5")
     seconds: tuple[int, ...] = (8, 8, 8, 12)
+    short_seconds: tuple[int, ...] = ()
     render_workers: int = 0
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from videonsa_jax.data import scenes
 from videonsa_jax.data.config import ClipsConfig
-from videonsa_jax.data.scenes import Axis, Ball, Box, Card, Edge, Needle, Scene, Still, Thing
+from videonsa_jax.data.scenes import Axis, Ball, Box, Card, Edge, Needle, Scene, Sign, Still, Thing
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
@@ -100,7 +100,7 @@ def corpus() -> list[str]:
     needles = [Needle(shape, colour, 0.0, 0.0, 0, 0) for shape, colour in product(scenes.SHAPES, colours)]
     described = [_describe_flashes([needle]) for needle in needles]
     stills = [Still(scenes.SHAPES[0], colour, 0, 0.0, 0.0) for colour in scenes.STILL_COLOURS]
-    described += [_describe_stills(stills, relation) for relation in RELATIONS]
+    described += [_describe_company(stills, relation, Sign(scenes.WORDS[0], "white", 0)) for relation in RELATIONS]
     described += [f"{speed} ball" for speed in scenes.SPEEDS] + [f"{way} {way} box" for way in DIRECTIONS]
     return ["\n".join((text, "Options:", *options)) for text, options in asked] + [DESCRIBE, *described]
 
@@ -110,9 +110,9 @@ def _describe_flashes(events: Sequence[Needle | Card]) -> str:
     return "\n".join(event.word if isinstance(event, Card) else f"{event.colour} {event.shape}" for event in in_order)
 
 
-def _describe_stills(stills: Sequence[Still], relation: str) -> str:
+def _describe_company(stills: Sequence[Still], relation: str, sign: Sign) -> str:
     here, there = (f"{still.colour} {still.shape}" for still in stills)
-    return f"{here} {relation} {there}"
+    return f"{here} {relation} {there}\n{sign.word}"
 
 
 class _Dealer:
@@ -231,8 +231,17 @@ def _flashes(dealer: _Dealer, slots: int) -> tuple[list[Thing], list[Question], 
     return [*needles, *cards, *edges], questions, _describe_flashes([*needles, *cards])
 
 
-def _stills(dealer: _Dealer) -> tuple[list[Still], Question, int]:
-    """Two shapes side by side or one above the other, the question about them, and a quadrant that they leave."""
+@dataclass(frozen=True)
+class _Company:
+    """What stands beside a mover: two shapes side by side or one above the other, a sign, and what is said of them."""
+
+    things: tuple[Still | Sign, ...]
+    question: Question
+    description: str
+    free_quadrant: int
+
+
+def _company(dealer: _Dealer) -> _Company:
     relation = dealer.deal("spatial", RELATIONS)
     if relation in ("left", "right"):
         quadrants = [(0, 1), (2, 3)][dealer.rng.integers(2)]
@@ -247,34 +256,36 @@ def _stills(dealer: _Dealer) -> tuple[list[Still], Question, int]:
     ]
     text = _ask("spatial", colour=scenes.STILL_COLOURS[0], other=scenes.STILL_COLOURS[1])
     question = dealer.question("spatial", text, relation, RELATIONS)
-    left = dealer.pick([quadrant for quadrant in range(len(scenes.QUADRANTS)) if quadrant not in quadrants], 1)
-    return stills, question, left[0]
+    others = [quadrant for quadrant in range(len(scenes.QUADRANTS)) if quadrant not in quadrants]
+    for_sign, free = dealer.pick(others, 2)
+    sign = Sign(dealer.deal("sign", scenes.WORDS), dealer.pick(list(scenes.CARD_COLOURS), 1)[0], for_sign)
+    return _Company((*stills, sign), question, _describe_company(stills, relation, sign), free)
 
 
 def _balls(dealer: _Dealer, _slots: int) -> tuple[list[Thing], list[Question], str]:
-    stills, spatial, quadrant = _stills(dealer)
+    company = _company(dealer)
     speed = dealer.deal("speed", list(scenes.SPEEDS))
     phase, sense = int(dealer.rng.integers(scenes.RING_STEPS)), int(dealer.rng.choice((-1, 1)))
-    ball = Ball(quadrant, phase, sense * scenes.SPEEDS[speed])
-    questions = [dealer.question("speed", _ask("speed"), speed, tuple(scenes.SPEEDS)), spatial]
-    return [ball, *stills], questions, f"{speed} ball\n{_describe_stills(stills, spatial.answer)}"
+    ball = Ball(company.free_quadrant, phase, sense * scenes.SPEEDS[speed])
+    questions = [dealer.question("speed", _ask("speed"), speed, tuple(scenes.SPEEDS)), company.question]
+    return [ball, *company.things], questions, f"{speed} ball\n{company.description}"
 
 
 def _boxes(dealer: _Dealer, _slots: int) -> tuple[list[Thing], list[Question], str]:
-    stills, spatial, quadrant = _stills(dealer)
+    company = _company(dealer)
     axes: tuple[Axis, ...] = ("horizontal", "vertical")
     first, horizontal, vertical = dealer.deal("direction", list(product(axes, (-1, 1), (-1, 1))))
     # A row or column in which the box lies whole.
     lanes = dealer.rng.integers(scenes.TRACK_STEPS - scenes.BOX_STEPS + 1, size=2).tolist()
     starts = dealer.rng.integers(scenes.TRACK_STEPS, size=2).tolist()
-    box = Box(quadrant, first, horizontal, vertical, *lanes, *starts)
+    box = Box(company.free_quadrant, first, horizontal, vertical, *lanes, *starts)
     ways = ["left" if horizontal < 0 else "right", "up" if vertical < 0 else "down"]
     ways = ways if first == "horizontal" else ways[::-1]
     asked = [
         dealer.question("direction", _ask("direction", end=end), way, DIRECTIONS)
         for end, way in zip(("first", "last"), ways, strict=True)
     ]
-    return [box, *stills], [*asked, spatial], f"{' '.join(ways)} box\n{_describe_stills(stills, spatial.answer)}"
+    return [box, *company.things], [*asked, company.question], f"{' '.join(ways)} box\n{company.description}"
 
 
 def aspect_ratio(aspect: str) -> float:
@@ -297,9 +308,10 @@ def draw_clips(config: ClipsConfig, split: Split) -> list[Clip]:
     """The clips of a split: a pure function of the configuration."""
     dealer = _Dealer(np.random.default_rng((config.seed, SPLITS.index(split))))
     make = {"flashes": _flashes, "balls": _balls, "boxes": _boxes}
+    lengths = config.seconds + (config.short_seconds if split == "train" else ())
     clips: list[Clip] = []
     for index in range(config.train_clips if split == "train" else config.heldout_clips):
-        seconds = dealer.deal("seconds", config.seconds)
+        seconds = dealer.deal("seconds", lengths)
         rates = _FRAME_RATES if seconds <= _LONG_SECONDS else _LONG_FRAME_RATES
         slots = seconds * scenes.SLOTS_PER_SECOND
         things, questions, description = make[_KINDS[index % len(_KINDS)]](dealer, slots)

@@ -179,7 +179,20 @@ class Still:
         return Mark(self.shape, COLOURS[self.colour], self.quadrant, self.x, self.y)
 
 
-Thing = Needle | Card | Edge | Ball | Box | Still
+@dataclass(frozen=True)
+class Sign:
+    """A word on a coloured card that stays where it is and fills its quadrant."""
+
+    word: str
+    colour: str
+    quadrant: int
+
+    def mark(self, slot: int, slots: int) -> Mark:
+        """What shows in `slot` of a clip of `slots`."""
+        return Mark(self.word, CARD_COLOURS[self.colour], self.quadrant)
+
+
+Thing = Needle | Card | Edge | Ball | Box | Still | Sign
 
 
 @dataclass(frozen=True)
