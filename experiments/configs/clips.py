@@ -28,9 +28,9 @@ def nsa_video() -> Experiment:
             questions_per_context=5,
         ),
         optimizer=OptimizerConfig(
-            learning_rate=5e-4, warmup_ratio=0.05, warmup_start=0.01, final_ratio=0.1, beta2=0.99, weight_decay=0.05
+            learning_rate=5e-4, warmup_ratio=0.05, warmup_start=0.01, decay_ratio=0.2, beta2=0.99, weight_decay=0.05
         ),
-        train=TrainConfig(steps=2000, log_every=20, eval_every=0, save_every=200),
+        train=TrainConfig(steps=2300, log_every=20, eval_every=0, save_every=200),
     )
 
 
@@ -101,7 +101,7 @@ def nsa_video_small() -> Experiment:
             questions_per_context=10,
         ),
         optimizer=OptimizerConfig(
-            learning_rate=5e-4, warmup_ratio=0.05, warmup_start=0.01, beta2=0.99, weight_decay=0.05
+            learning_rate=5e-4, warmup_ratio=0.02, warmup_start=0.01, decay_ratio=0.2, beta2=0.99, weight_decay=0.05
         ),
         train=TrainConfig(steps=10_000, dtype="bfloat16", log_every=50, eval_every=2500, eval_contexts=200),
     )

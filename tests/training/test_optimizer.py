@@ -26,6 +26,14 @@ def test_the_schedule_without_warm_up_starts_at_the_peak_and_ends_at_its_share()
     assert float(schedule(10)) == pytest.approx(0.1)
 
 
+def test_the_schedule_may_stay_at_the_peak_before_it_decays() -> None:
+    config = OptimizerConfig(learning_rate=1.0, warmup_ratio=0.1, decay_ratio=0.2, final_ratio=0.1)
+    schedule = learning_rate(config, steps=100)
+    assert [round(float(schedule(step)), 3) for step in (5, 10, 50, 80)] == [0.5, 1.0, 1.0, 1.0]
+    assert float(schedule(90)) == pytest.approx(0.55)  # half-way down a cosine to a tenth
+    assert float(schedule(100)) == pytest.approx(0.1)
+
+
 def test_weight_decay_spares_norms_and_biases() -> None:
     experiment = tiny_experiment()
     params = jax.eval_shape(lambda: init_state(experiment.model, experiment.train, 0, optax.identity())).params

@@ -14,11 +14,12 @@ def _require(condition: bool, group: str, name: str, value: int | float, expecte
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay (the paper's optimiser, App. B).
+    """AdamW with linear warm-up and cosine decay (the paper's optimiser, App. B), with a plateau between if wished.
 
     Attributes:
       learning_rate: peak.
       warmup_ratio: share of all steps spent warming up from warmup_start x peak.
+      decay_ratio: share of all steps, the last ones, over which the rate falls; before, it stays at the peak.
       final_ratio: share of the peak left at the last step.
       weight_decay: applied to matrices only, not to norms and biases.
       max_grad_norm: global norm that gradients are clipped to.
@@ -27,6 +28,7 @@ class OptimizerConfig:
     learning_rate: float = 1e-6
     warmup_ratio: float = 0.1
     warmup_start: float = 1e-5
+    decay_ratio: float = 1.0
     final_ratio: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
@@ -37,7 +39,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps", "max_grad_norm"):
             _require(getattr(self, name) > 0, "optimizer", name, getattr(self, name), "more than 0")
-        for name in ("warmup_ratio", "warmup_start", "final_ratio", "beta1", "beta2"):
+        for name in ("warmup_ratio", "warmup_start", "decay_ratio", "final_ratio", "beta1", "beta2"):
             _require(0 <= getattr(self, name) <= 1, "optimizer", name, getattr(self, name), "0 to 1")
         _require(self.weight_decay >= 0, "optimizer", "weight_decay", self.weight_decay, "at least 0")
 

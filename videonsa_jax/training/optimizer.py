@@ -17,7 +17,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """The learning rate of each step.
 
     Args:
-      config: peak, share of the steps spent warming up, first and last shares of the peak.
+      config: peak, shares of the steps spent warming up and decaying, first and last shares of the peak.
       steps: optimiser steps of the whole run.
 
     Returns:
@@ -25,15 +25,10 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """
     peak = config.learning_rate
     warmup_steps = round(config.warmup_ratio * steps)
-    if warmup_steps == 0:
-        return optax.cosine_decay_schedule(peak, steps, alpha=config.final_ratio)
-    return optax.warmup_cosine_decay_schedule(
-        init_value=peak * config.warmup_start,
-        peak_value=peak,
-        warmup_steps=warmup_steps,
-        decay_steps=steps,
-        end_value=peak * config.final_ratio,
-    )
+    decay_start = max(warmup_steps, steps - round(config.decay_ratio * steps))
+    warm_up = optax.linear_schedule(peak * config.warmup_start, peak, warmup_steps)
+    decay = optax.cosine_decay_schedule(peak, max(steps - decay_start, 1), alpha=config.final_ratio)
+    return optax.join_schedules([warm_up, optax.constant_schedule(peak), decay], boundaries=[warmup_steps, decay_start])
 
 
 def decay_mask(params: Any) -> Any:
