@@ -80,6 +80,14 @@ def test_an_example_is_the_video_and_its_rows(scene):
         assert scene.chat.decode(row.tokens[row.is_answer]) == answer
 
 
+def test_frames_in_the_cache_are_not_decoded_again(scene, tmp_path, monkeypatch):
+    expected = scene.example()
+    cached = {"cache_dir": str(tmp_path), "frame_cache_gigabytes": 0.1}
+    np.testing.assert_array_equal(scene.example(**cached).patches, expected.patches)
+    monkeypatch.setattr("videonsa_jax.data.examples.decode_video", None)
+    np.testing.assert_array_equal(scene.example(**cached).patches, expected.patches)
+
+
 def test_batch_rows_hold_the_example(scene):
     example = scene.example()
     batch = pad_and_stack([None, example], SHAPE)

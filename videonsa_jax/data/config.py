@@ -44,6 +44,7 @@ class DataConfig:
       tokenizer: path of a tokenizer.json; empty = the one trained for `clips`.
       system_prompt: opens conversations that have none; empty = none.
       cache_dir: where made data is kept.
+      frame_cache_gigabytes: limit of the folder of decoded frames below `cache_dir`; 0 = decode every time.
       fps: frames sampled per second of video.
       max_frames: upper limit of sampled frames; longer videos are sampled uniformly.
       min_pixels: lower limit of a resized frame's area.
@@ -66,6 +67,7 @@ class DataConfig:
     tokenizer: str = ""
     system_prompt: str = "You are a helpful assistant."
     cache_dir: str = "datasets"
+    frame_cache_gigabytes: float = 0.0
     clips: ClipsConfig = ClipsConfig()
     fps: float = 4.0
     max_frames: int = 768

@@ -1,8 +1,10 @@
 """One context to arrays, and arrays padded and stacked into batches of a bucket's shape."""
 
+import functools
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
@@ -10,6 +12,7 @@ from jaxtyping import Bool, Int, UInt8
 from videonsa_jax.configs import ModelConfig
 from videonsa_jax.data.chat import Chat
 from videonsa_jax.data.config import Ablation, DataConfig
+from videonsa_jax.data.frame_cache import FrameCache
 from videonsa_jax.data.sources import Context, Record
 from videonsa_jax.data.video import VideoError, decode_video, frames_to_patches
 from videonsa_jax.streams import BATCH_AXIS_SECOND, ArrayLike, Batch, TrainBatch, Visual, register_pytree, split_streams
@@ -146,6 +149,30 @@ def text_row(
     return row, split.visual_positions, split.visible_text
 
 
+def _sampled_frames(context: Context, config: DataConfig, factor: int) -> UInt8[np.ndarray, "F H W 3"]:
+    sampling = {
+        "fps": config.fps,
+        "max_frames": config.max_frames,
+        "min_pixels": config.min_pixels,
+        "max_pixels": config.max_pixels,
+        "factor": factor,
+        "expected": context.info,
+    }
+
+    def decode() -> UInt8[np.ndarray, "F H W 3"]:
+        return decode_video(context.video, seconds_limit=config.decode_seconds, **sampling).frames
+
+    if config.frame_cache_gigabytes == 0:
+        return decode()
+    cache = _frame_cache(config.cache_dir, config.frame_cache_gigabytes)
+    return cache.frames(context.video, tuple(sampling.items()), decode)
+
+
+@functools.cache
+def _frame_cache(cache_dir: str, gigabytes: float) -> FrameCache:
+    return FrameCache(Path(cache_dir) / "frames", int(gigabytes * 1e9))
+
+
 def build_example(
     context: Context, records: Sequence[Record], chat: Chat, config: DataConfig, model: ModelConfig, *, answered: bool
 ) -> Example:
@@ -171,18 +198,9 @@ def build_example(
     ]
     patches = np.zeros((0, 0, vision.patch_dim), np.uint8)
     if shows:
-        decoded = decode_video(
-            context.video,
-            fps=config.fps,
-            max_frames=config.max_frames,
-            min_pixels=config.min_pixels,
-            max_pixels=config.max_pixels,
-            factor=vision.pixels_per_token,
-            seconds_limit=config.decode_seconds,
-            expected=context.info,
-        )
+        frames = _sampled_frames(context, config, vision.pixels_per_token)
         patches = frames_to_patches(
-            ablate(decoded.frames, config.ablation, records[context.records[0]].id),
+            ablate(frames, config.ablation, records[context.records[0]].id),
             patch_size=vision.patch_size,
             temporal_patch_size=vision.temporal_patch_size,
             merge_size=vision.spatial_merge_size,

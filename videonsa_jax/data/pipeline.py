@@ -322,6 +322,7 @@ def _check(config: DataConfig, process_index: int, process_count: int) -> None:
     for name in (*counts, "max_text_tokens", "max_visual_tokens"):
         require(getattr(config, name) >= 1, name, "at least 1")
     require(config.workers >= 0, "workers", "a number of processes, or 0 for threads")
+    require(config.frame_cache_gigabytes >= 0, "frame_cache_gigabytes", "a limit, or 0 for no cache")
     require(0 <= config.max_failure_share <= 1, "max_failure_share", "0 to 1")
     require(all(length >= 1 for length in config.buckets), "buckets", "positive lengths")
     require(
