@@ -101,6 +101,7 @@ def test_a_run_that_was_killed_and_stopped_ends_like_one_that_was_not(
     assert list(losses(parts)) == list(range(1, STEPS + 1))
     assert losses(parts) == losses(whole)
     reports = [json.loads((run / "report.json").read_text()) for run in (parts, whole)]
+    assert all(report["command"][:3] == ["python", "-m", "experiments.train"] for report in reports)
     assert reports[0]["accuracy"] == reports[1]["accuracy"]
 
     # What the run left: it learned, and its report adds up.

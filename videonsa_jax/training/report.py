@@ -88,8 +88,14 @@ def environment() -> dict[str, Any]:
             "cpu_count": os.cpu_count(),
             "peak_bytes": (devices[0].memory_stats() or {}).get("peak_bytes_in_use"),
         },
-        "command": sys.argv,
+        "command": _command(),
     }
+
+
+def _command() -> list[str]:
+    """What was typed, without the place of this checkout."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return ["python", "-m", spec.name, *sys.argv[1:]] if spec else ["python", Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 def write_report(workdir: Path, report: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> None:
