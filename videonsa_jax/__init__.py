@@ -1,5 +1,6 @@
 """VideoNSA in JAX: Qwen2.5-VL whose video tokens use trainable Native Sparse Attention."""
 
+import importlib
 from typing import TYPE_CHECKING
 
 from videonsa_jax import configs
@@ -7,10 +8,12 @@ from videonsa_jax.configs import ModelConfig, NSAConfig, TextConfig, VisionConfi
 from videonsa_jax.streams import Batch, Visual, split_streams
 
 if TYPE_CHECKING:
+    from videonsa_jax.checkpoints import CheckpointError, load_pretrained, save_pretrained
     from videonsa_jax.models import Output, VideoNSA
 
 __all__ = [
     "Batch",
+    "CheckpointError",
     "ModelConfig",
     "NSAConfig",
     "Output",
@@ -19,16 +22,24 @@ __all__ = [
     "VisionConfig",
     "Visual",
     "configs",
+    "load_pretrained",
+    "save_pretrained",
     "split_streams",
 ]
+
+_DEFINED_IN = {
+    "CheckpointError": "videonsa_jax.checkpoints",
+    "Output": "videonsa_jax.models",
+    "VideoNSA": "videonsa_jax.models",
+    "load_pretrained": "videonsa_jax.checkpoints",
+    "save_pretrained": "videonsa_jax.checkpoints",
+}
 
 
 def __getattr__(name: str) -> object:
     # Imported on first use: loader processes import this package too, and have no use for flax and the kernels.
-    if name in ("Output", "VideoNSA"):
-        from videonsa_jax import models
-
-        return getattr(models, name)
+    if name in _DEFINED_IN:
+        return getattr(importlib.import_module(_DEFINED_IN[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
