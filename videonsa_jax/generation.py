@@ -18,12 +18,11 @@ from videonsa_jax.data.chat import Chat
 from videonsa_jax.data.media import Media
 from videonsa_jax.models import VideoNSA
 from videonsa_jax.models.attention import AttentionOptions, Implementation
-from videonsa_jax.models.cache import KVCache, Pair, Piece
+from videonsa_jax.models.cache import KVCache, Piece, TextCache, VisualCache, empty_cache
 from videonsa_jax.prefill import (
     chunk_width,
     cut,
     embed_media,
-    empty_cache,
     run_pieces,
     text_capacity,
     visual_capacity,
@@ -59,7 +58,7 @@ class EncodedVisual:
       fingerprint: of the weights, the configuration (with it the dialect) and the dtype it was encoded with.
     """
 
-    keys_values: Pair
+    keys_values: VisualCache
     positions: Int[np.ndarray, "3 Lv"]
     media: tuple[Media, ...]
     fingerprint: str
@@ -190,7 +189,7 @@ def _prepare(
     pieces = cut(batch, width, interleaved=interleaved)
     contexts, rows = batch.text_lengths.shape
     text = text_capacity(pieces, new_tokens) if new_tokens else 0
-    cache = empty_cache(model, contexts, rows, capacity, text)
+    cache = empty_cache(model.config.text, contexts, rows, capacity, text, model.dtype)
     return cache, pieces, embed_media(model, processor, prompts, capacity) if longest else None
 
 
@@ -215,8 +214,8 @@ def _choose(
 @functools.partial(jax.jit, static_argnames=("options", "is_greedy"), donate_argnames="text")
 def _decode_step(
     model: VideoNSA,
-    visual: Pair,
-    text: Pair,
+    visual: VisualCache,
+    text: TextCache,
     tokens: Int[Array, "B Q"],
     first_position: Int[Array, "B Q"],
     visual_lengths: Int[Array, "B"],
@@ -226,7 +225,7 @@ def _decode_step(
     *,
     options: AttentionOptions,
     is_greedy: bool,
-) -> tuple[Int[Array, "B Q"], Int[Array, ""], Pair]:
+) -> tuple[Int[Array, "B Q"], Int[Array, ""], TextCache]:
     """Feeds every row's token number `step` and chooses the next; a generated token is text and sees all before it."""
     (contexts, rows), hidden_size = tokens.shape, model.config.text.hidden_size
     nothing = jnp.zeros((3, contexts, 0), jnp.int32)
@@ -386,7 +385,8 @@ def generate(
             raise ValueError(f'visual was encoded with NSA, expected attention "nsa" or None, got {attention!r}')
         _check_encoded(model, visual, prompts[0])
         pieces = cut(batch, chunk_width(visual.num_tokens, chunk_size), interleaved=False)[-1:]
-        text = empty_cache(model, 1, len(prompts[0].rows), 0, text_capacity(pieces, max_new_tokens)).text
+        places = text_capacity(pieces, max_new_tokens)
+        text = empty_cache(model.config.text, *batch.text_lengths.shape, 0, places, model.dtype).text
         last, cache = run_pieces(model, pieces, KVCache(visual.keys_values, text), None, run)
 
     stops = frozenset(processor.stop_tokens if stop_tokens is None else stop_tokens)

@@ -11,12 +11,11 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
 from videonsa_jax.models import VideoNSA
 from videonsa_jax.models.attention import AttentionOptions
-from videonsa_jax.models.cache import KVCache, Pair, Piece, empty_pair
+from videonsa_jax.models.cache import KVCache, Piece, TextCache, VisualCache
 from videonsa_jax.models.vision import VisionTower
 from videonsa_jax.processor import Processor, Prompt
 from videonsa_jax.streams import Batch
@@ -79,7 +78,7 @@ def cut(batch: Batch, width: int, *, interleaved: bool) -> list[Piece]:
             Piece(
                 visual_positions=visual_positions[:, :, visual],
                 visible_text=visible_text[:, visual],
-                visual_offset=np.int32(index * width),
+                visual_offset=np.asarray(index * width, np.int32),
                 visual_lengths=batch.visual_lengths,
                 text_tokens=np.take_along_axis(batch.text_tokens, text, axis=-1),
                 text_positions=np.take_along_axis(batch.text_positions, text[None], axis=-1),
@@ -183,13 +182,13 @@ def _visual_step(
 def _text_step(
     model: VideoNSA,
     piece: Piece,
-    visual: Pair,
-    text: Pair,
+    visual: VisualCache,
+    text: TextCache,
     last: Float[Array, "B Q hidden"],
     *,
     options: AttentionOptions,
     is_whole: bool,
-) -> tuple[Float[Array, "B Q hidden"], Pair]:
+) -> tuple[Float[Array, "B Q hidden"], TextCache]:
     # The visual half is not donated: an encoded video is used again.
     nothing = jnp.zeros((len(piece.visual_lengths), 0, model.config.text.hidden_size), model.dtype)
     hidden, cache = model.extend(nothing, piece, KVCache(visual, text), options, is_whole=is_whole)
@@ -228,11 +227,3 @@ def run_pieces(
             last, text = _text_step(model, piece, cache.visual, cache.text, last, options=options, is_whole=is_whole)
             cache = KVCache(cache.visual, text)
     return last, cache
-
-
-def empty_cache(
-    model: VideoNSA, contexts: int, rows: int, visual: int, text: int, dtype: DTypeLike | None = None
-) -> KVCache:
-    """A cache for `contexts` x `rows` conversations with places for `visual` and `text` tokens."""
-    config, dtype = model.config.text, dtype or model.dtype
-    return KVCache(empty_pair(config, dtype, contexts, visual), empty_pair(config, dtype, contexts, rows, text))

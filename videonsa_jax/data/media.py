@@ -297,7 +297,7 @@ def _checksum(pixels: np.ndarray) -> str:
 
 
 def lay_out_frames(
-    items: Sequence[tuple[UInt8[np.ndarray, "t P patch_dim"], tuple[int, int]]],
+    items: Sequence[tuple[UInt8[np.ndarray, "_ _ patch_dim"], tuple[int, int]]],
     patches_per_token: int,
     target: Mapping[str, np.ndarray],
 ) -> None:

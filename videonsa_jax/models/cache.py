@@ -17,7 +17,9 @@ from videonsa_jax.models.decoder import Decoder, DecoderLayer, Hidden
 from videonsa_jax.models.layers import scan_stack
 from videonsa_jax.streams import ArrayLike, register_pytree
 
-type Pair = tuple[Float[Array, "layers B *S N D"], Float[Array, "layers B *S N D"]]
+# Keys (after M-RoPE) and values of every layer.
+type VisualCache = tuple[Float[Array, "layers B visual_places N D"], Float[Array, "layers B visual_places N D"]]
+type TextCache = tuple[Float[Array, "layers B Q text_places N D"], Float[Array, "layers B Q text_places N D"]]
 
 
 @register_pytree
@@ -32,8 +34,8 @@ class KVCache:
       text: keys and values, each `[layers, B, Q, St, N, D]`.
     """
 
-    visual: tuple[Float[Array, "layers B Sv N D"], Float[Array, "layers B Sv N D"]]
-    text: tuple[Float[Array, "layers B Q St N D"], Float[Array, "layers B Q St N D"]]
+    visual: VisualCache
+    text: TextCache
 
 
 @register_pytree
@@ -77,13 +79,19 @@ class Piece:
         )
 
 
-def empty_pair(config: TextConfig, dtype: DTypeLike, *sizes: int) -> Pair:
-    """Zeroed keys and values `[layers, *sizes, N, D]`."""
-    shape = (config.num_hidden_layers, *sizes, config.num_key_value_heads, config.head_dim)
-    return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+def empty_cache(
+    config: TextConfig, contexts: int, rows: int, visual_capacity: int, text_capacity: int, dtype: DTypeLike
+) -> KVCache:
+    """A zeroed cache with places for so many visual tokens a context and text tokens a row."""
+
+    def pair(*sizes: int) -> tuple[Array, Array]:
+        shape = (config.num_hidden_layers, *sizes, config.num_key_value_heads, config.head_dim)
+        return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+
+    return KVCache(pair(contexts, visual_capacity), pair(contexts, rows, text_capacity))
 
 
-def _write_visual(cached: Pair, new: VisualKV, layer: int | Array, offset: Array) -> Pair:
+def _write_visual(cached: VisualCache, new: VisualKV, layer: int | Array, offset: Array) -> VisualCache:
     """Puts one layer's keys and values [B, L, N, D] at `offset` of the visual stream."""
     return tuple(
         jax.lax.dynamic_update_slice(whole, part[None].astype(whole.dtype), (layer, 0, offset, 0, 0))
@@ -91,7 +99,7 @@ def _write_visual(cached: Pair, new: VisualKV, layer: int | Array, offset: Array
     )
 
 
-def _write_text(cached: Pair, new: TextKV, layer: int | Array, offsets: Int[Array, "B Q"]) -> Pair:
+def _write_text(cached: TextCache, new: TextKV, layer: int | Array, offsets: Int[Array, "B Q"]) -> TextCache:
     """Puts one layer's keys and values [B, Q, L, N, D] at each row's own offset of the text stream."""
     place = jax.vmap(jax.vmap(lambda row, part, offset: jax.lax.dynamic_update_slice(row, part, (offset, 0, 0))))
 
