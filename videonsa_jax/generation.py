@@ -317,7 +317,7 @@ def _tell_unread_fields(processor: Processor) -> None:
 def generate(
     model: VideoNSA,
     processor: Processor,
-    messages: Messages | Sequence[Messages],
+    messages: Messages,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     visual: EncodedVisual | None = None,

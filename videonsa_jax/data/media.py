@@ -7,7 +7,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +140,7 @@ def plan_media(item: Mapping, limits: Limits, vision: VisionConfig) -> Media:
     if item.get(kind) is None:
         raise MediaError(f"a {kind} has no {kind!r} beside its type, expected a path or an array")
     own = {name: item[name] for name in FIELDS[kind][2:] if item.get(name) is not None}
-    limits = check_limits(replace(limits, **own))
+    limits = make_limits(**(asdict(limits) | own))
     content = item[kind]
     if isinstance(content, str | Path):
         content = _local_path(str(content))
@@ -157,15 +157,20 @@ def plan_media(item: Mapping, limits: Limits, vision: VisionConfig) -> Media:
         raise MediaError(f"{content}: {error}" if named else str(error)) from error
 
 
-def check_limits(limits: Limits) -> Limits:
-    """Returns `limits`; raises a MediaError where a value is not a number in its range."""
+def make_limits(**values: object) -> Limits:
+    """`Limits` of values from outside.
+
+    Raises:
+      MediaError: a value is not a number in its range.
+    """
     for name in ("min_pixels", "max_pixels", "max_frames", "total_pixels"):
-        value = getattr(limits, name)
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not (whole and value >= 1) and not (value is None and name == "total_pixels"):
+        value = values.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1):
             raise MediaError(f"{name} is {value!r}, expected a whole number of at least 1")
-    if not (isinstance(limits.fps, int | float | np.number) and math.isfinite(limits.fps) and limits.fps > 0):
-        raise MediaError(f"fps is {limits.fps!r}, expected a number above 0")
+    fps = values.get("fps", Limits.fps)
+    if isinstance(fps, bool) or not isinstance(fps, int | float | np.number) or not 0 < fps < math.inf:
+        raise MediaError(f"fps is {fps!r}, expected a number above 0")
+    limits = Limits(**values | {"fps": float(fps)})
     if limits.min_pixels > limits.max_pixels:
         raise MediaError(
             f"min_pixels {limits.min_pixels} exceeds max_pixels {limits.max_pixels}, expected at most that"
