@@ -138,7 +138,11 @@ def read_config(folder: Path) -> FolderConfig:
     try:
         nsa, mrope = _nsa_of_block(path, block) if block else (None, "qwen2_5_vl")
         model = ModelConfig(
-            vision=VisionConfig(**vision_values, in_channels=vision.get("in_channels", vision.get("in_chans", 3))),
+            vision=VisionConfig(
+                **vision_values,
+                in_channels=vision.get("in_channels", vision.get("in_chans", 3)),
+                rope_theta=float((vision.get("rope_parameters") or {}).get("rope_theta", VisionConfig.rope_theta)),
+            ),
             text=TextConfig(
                 **values,
                 head_dim=text.get("head_dim") or values["hidden_size"] // values["num_attention_heads"],
