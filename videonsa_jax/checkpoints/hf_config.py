@@ -8,7 +8,7 @@ from typing import Any
 
 from videonsa_jax.checkpoints.errors import CheckpointError
 from videonsa_jax.checkpoints.safetensor_files import read_json
-from videonsa_jax.configs import MropeConvention, ModelConfig, NSAConfig, TextConfig, VisionConfig
+from videonsa_jax.configs import ModelConfig, MropeConvention, NSAConfig, TextConfig, VisionConfig
 
 CONFIG = "config.json"
 MODEL_TYPE, ARCHITECTURE = "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"
