@@ -9,30 +9,46 @@ from videonsa_jax.streams import Batch, Visual, split_streams
 
 if TYPE_CHECKING:
     from videonsa_jax.checkpoints import CheckpointError, load_pretrained, save_pretrained
+    from videonsa_jax.generation import EncodedVisual, encode_visual, generate
     from videonsa_jax.models import Output, VideoNSA
+    from videonsa_jax.processor import Processor, load_processor, make_processor, save_processor
 
 __all__ = [
     "Batch",
     "CheckpointError",
+    "EncodedVisual",
     "ModelConfig",
     "NSAConfig",
     "Output",
+    "Processor",
     "TextConfig",
     "VideoNSA",
     "VisionConfig",
     "Visual",
     "configs",
+    "encode_visual",
+    "generate",
     "load_pretrained",
+    "load_processor",
+    "make_processor",
     "save_pretrained",
+    "save_processor",
     "split_streams",
 ]
 
 _DEFINED_IN = {
     "CheckpointError": "videonsa_jax.checkpoints",
+    "EncodedVisual": "videonsa_jax.generation",
     "Output": "videonsa_jax.models",
+    "Processor": "videonsa_jax.processor",
     "VideoNSA": "videonsa_jax.models",
+    "encode_visual": "videonsa_jax.generation",
+    "generate": "videonsa_jax.generation",
     "load_pretrained": "videonsa_jax.checkpoints",
+    "load_processor": "videonsa_jax.processor",
+    "make_processor": "videonsa_jax.processor",
     "save_pretrained": "videonsa_jax.checkpoints",
+    "save_processor": "videonsa_jax.processor",
 }
 
 

@@ -24,6 +24,9 @@ from videonsa_jax.streams import Batch
 type AttentionKind = Literal["nsa", "dense"]
 type Implementation = str | Mapping[str, str | None] | None
 type Tables = tuple[Float[Array, "*L half"], Float[Array, "*L half"]]
+# Keys and values; there are as many as tokens, or more where earlier ones are cached.
+type VisualKV = tuple[Float[Array, "B Sv N D"], Float[Array, "B Sv N D"]]
+type TextKV = tuple[Float[Array, "B Q St N D"], Float[Array, "B Q St N D"]]
 
 DATA_AXES = ("data", "fsdp")  # mesh axes over which contexts (B) are split
 CONTEXT_AXIS, TENSOR_AXIS = "context", "tensor"
@@ -36,6 +39,8 @@ class Visibility:
     Attributes:
       visual_tables: rotary (cos, sin) of the visual stream, each `[B, Lv, D/2]`.
       text_tables: rotary (cos, sin) of the text stream, each `[B, Q, Lt, D/2]`.
+      visual_offset: place of the first visual query among the visual keys; more than 0 where earlier ones are cached.
+      text_offsets: likewise for each text row; None: 0.
     """
 
     visual_tables: tuple[Float[Array, "B Lv half"], Float[Array, "B Lv half"]]
@@ -44,6 +49,8 @@ class Visibility:
     text_lengths: Int[Array, "B Q"]
     visible_visual: Int[Array, "B Q Lt"]
     visible_text: Int[Array, "B Lv"]
+    visual_offset: int | Int[Array, ""] = 0
+    text_offsets: Int[Array, "B Q"] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,14 @@ def visibility(batch: Batch, config: TextConfig) -> Visibility:
         visible_visual=batch.visible_visual,
         visible_text=batch.visible_text,
     )
+
+
+def _keys_up_to(queries: tuple[int, int, int], offsets: int | Int[Array, "..."] | None) -> Int[Array, "B Q L"]:
+    """How many keys of its own stream each query sees: those before it and its own."""
+    own = jnp.arange(1, queries[2] + 1, dtype=jnp.int32)
+    if offsets is not None:
+        own = own + jnp.asarray(offsets, jnp.int32)[..., None]
+    return jnp.broadcast_to(own, queries)
 
 
 def _mesh_axis(mesh: Mesh, name: str) -> str | None:
@@ -168,8 +183,8 @@ class Attention(nnx.Module):
     def attend_visual(
         self,
         x: Float[Array, "B Lv hidden"],
-        visual_kv: tuple[Float[Array, "B Lv N D"], Float[Array, "B Lv N D"]],
-        text_kv: tuple[Float[Array, "B Q Lt N D"], Float[Array, "B Q Lt N D"]],
+        visual_kv: VisualKV,
+        text_kv: TextKV,
         places: Visibility,
         options: AttentionOptions,
     ) -> Float[Array, "B Lv hidden"]:
@@ -185,6 +200,7 @@ class Attention(nnx.Module):
             "init_blocks": self.nsa.init_blocks,
             "local_blocks": self.nsa.local_blocks,
             "branches": self.nsa.branches,
+            "q_offset": places.visual_offset,
             "lengths": places.visual_lengths,
             "implementation": options.implementation,
         }
@@ -192,6 +208,7 @@ class Attention(nnx.Module):
         gates = self.gate_logits(x)
         if mesh is None or mesh.size == 1:
             return self.output(nsa_attention(query, *visual_kv, gates, **arguments))
+        del arguments["q_offset"]  # set by nsa_attention_sharded, whose queries are as many as its keys
         heads = nsa_attention_sharded(
             query,
             *visual_kv,
@@ -207,13 +224,13 @@ class Attention(nnx.Module):
     def _dense_visual(
         self,
         query: Float[Array, "B Lv N G D"],
-        visual_kv: tuple[Float[Array, "B Lv N D"], Float[Array, "B Lv N D"]],
-        text_kv: tuple[Float[Array, "B 1 Lt N D"], Float[Array, "B 1 Lt N D"]],
+        visual_kv: VisualKV,
+        text_kv: TextKV,
         places: Visibility,
         options: AttentionOptions,
     ) -> Float[Array, "B Lv N G D"]:
         query = query[:, None]
-        past = jnp.broadcast_to(jnp.arange(1, query.shape[2] + 1, dtype=jnp.int32), query.shape[:3])
+        past = _keys_up_to(query.shape[:3], places.visual_offset)
         visual = _prefix(query, *visual_kv, past, places.visual_lengths, options)
         text = _prefix(query, *text_kv, places.visible_text[:, None], places.text_lengths, options)
         return merge_by_lse(visual, text)[0][:, 0]
@@ -221,14 +238,14 @@ class Attention(nnx.Module):
     def attend_text(
         self,
         x: Float[Array, "B Q Lt hidden"],
-        visual_kv: tuple[Float[Array, "B Lv N D"], Float[Array, "B Lv N D"]],
-        text_kv: tuple[Float[Array, "B Q Lt N D"], Float[Array, "B Q Lt N D"]],
+        visual_kv: VisualKV,
+        text_kv: TextKV,
         places: Visibility,
         options: AttentionOptions,
     ) -> Float[Array, "B Q Lt hidden"]:
         """The text stream's attention: dense over the visual and own text keys before each token."""
         query = self.queries(x, places.text_tables)
-        past = jnp.broadcast_to(jnp.arange(1, query.shape[2] + 1, dtype=jnp.int32), query.shape[:3])
+        past = _keys_up_to(query.shape[:3], places.text_offsets)
         visual = _prefix(query, *visual_kv, places.visible_visual, places.visual_lengths, options)
         text = _prefix(query, *text_kv, past, places.text_lengths, options)
         return self.output(merge_by_lse(visual, text)[0])
