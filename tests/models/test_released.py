@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from model_cases import TOKENS_PER_SECOND, build, jit, logits, make_batch, small_config, words
 
 from videonsa_jax.configs import NSAConfig
-from videonsa_jax.models import released
+from videonsa_jax.models import released, rope
+from videonsa_jax.models.attention import visibility
 from videonsa_jax.streams import Visual, split_streams
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -205,3 +208,70 @@ def test_what_the_published_kernel_refuses_is_refused():
         NSAConfig(dialect="released", block_count=65)
     with pytest.raises(ValueError, match="no init_blocks, local_blocks or branches to choose"):
         dataclasses.replace(NSAConfig(dialect="released"), init_blocks=1)
+
+
+def _published_layer(parameters, config, nsa, x, positions):
+    """One layer's attention over a sequence [L, hidden], from its parameters and `released_attention` alone."""
+    tables = rope.mrope_tables(jnp.asarray(positions), config.mrope_section, config.rope_theta)
+
+    def project(name):
+        weights = parameters[name]
+        return x @ weights["kernel"] + weights["bias"]
+
+    def heads(name, *shape):
+        return project(name).reshape(len(x), *shape, config.head_dim)
+
+    def turn(y):
+        return rope.rotate(y, tuple(table.reshape(len(x), *(1,) * (y.ndim - 2), -1) for table in tables))
+
+    N, group = config.num_key_value_heads, config.group_size
+    hidden = jax.nn.gelu(project("g_proj_1"), approximate=False)
+    gates = hidden @ parameters["g_proj_2"]["kernel"] + parameters["g_proj_2"]["bias"]
+    out = released.released_attention(
+        turn(heads("q_proj", N, group))[None],
+        turn(heads("k_proj", N))[None],
+        heads("v_proj", N)[None],
+        gates.reshape(1, len(x), N, group, 3),
+        jnp.asarray((positions != positions[0]).any(0))[None],
+        jnp.array([len(x)]),
+        nsa,
+    )
+    return out[0].reshape(len(x), -1) @ parameters["o_proj"]["kernel"]
+
+
+@pytest.mark.parametrize("copy", ["evaluation", "training"])
+def test_a_model_runs_it_in_sequence_order(copy):
+    """A layer on two padded streams against the same on the plain sequence; a conversation of text alone is dense."""
+    nsa = {"dialect": "released", "released_copy": copy, "block_size": 8, "block_count": 2}
+    model = build(small_config(**nsa))
+    parts = [words(3, 1), Visual((3, 3, 2), 1.0), words(4, 2), Visual((1, 2, 4)), words(3, 3)]
+    batch = make_batch([[parts], [[words(5, 4)]]], visual=29, text=12)
+    row = split_streams(parts, tokens_per_second=TOKENS_PER_SECOND)
+    places = np.arange(26) + row.visible_text, np.arange(10) + row.visible_visual
+    positions = np.zeros((3, 36), int)
+    positions[:, places[0]], positions[:, places[1]] = row.visual_positions, row.text_positions
+    hidden = np.random.default_rng(0).standard_normal((36, 32)).astype(np.float32)
+
+    streams = jnp.full((2, 29, 32), 2.0).at[0, :26].set(hidden[places[0]])
+    text = jnp.full((2, 1, 12, 32), 2.0).at[0, 0, :10].set(hidden[places[1]])
+    shared = visibility(jax.tree.map(jnp.asarray, batch), model.config.text)
+    layer = model.decoder.last_layer
+
+    @jit
+    def both(layer, visual, text):
+        normed, visual_kv, text_kv = layer.project((visual, text), shared)
+        return normed, layer.self_attn.attend_released(normed, visual_kv, text_kv, shared)
+
+    normed, attended = both(layer, streams, text)
+    sequence = np.zeros((36, 32), np.float32)
+    sequence[places[0]], sequence[places[1]] = normed[0][0, :26], normed[1][0, 0, :10]
+    parameters = nnx.to_pure_dict(nnx.state(layer.self_attn))
+    expected = _published_layer(parameters, model.config.text, model.config.nsa, sequence, positions)
+    # Float32, values of order 1, the same sums.
+    np.testing.assert_allclose(attended[0][0, :26], expected[places[0]], atol=1e-5)
+    np.testing.assert_allclose(attended[1][0, 0, :10], expected[places[1]], atol=1e-5)
+
+    alone, dense = logits(model, batch)[1], logits(model, batch, "dense")[1]
+    np.testing.assert_allclose(alone[0, :5], dense[0, :5], atol=1e-5)
+    with pytest.raises(ValueError, match='dialect "released" supports Q = 1 text row a context only, got Q = 2'):
+        model(make_batch([[[words(2, 1)], [words(3, 2)]]]))

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from videonsa_jax.configs import NSAConfig
 
@@ -34,7 +34,7 @@ _QUERIES_AT_ONCE = 128
 _MIN_SLOTS_PER_KV_HEAD = 16  # of the published kernel
 _MASKED = -1e30
 
-type Streams = tuple[Float[Array, "B Lv *heads"], Float[Array, "B 1 Lt *heads"]]
+type Streams = tuple[Shaped[Array, "B Lv *heads"], Shaped[Array, "B 1 Lt *heads"]]
 
 
 def slots_per_kv_head(group_size: int) -> int:
