@@ -2,4 +2,4 @@
 
 
 class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be read or written: the message names the file or key, what was seen and expected."""
+    """A checkpoint folder that cannot be read or written: its message names what was seen and expected."""

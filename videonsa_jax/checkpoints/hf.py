@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -122,20 +122,20 @@ def load_model(
     return nnx.merge(graphdef, jax.tree.unflatten(structure, [arrays[name] for name in paths]))
 
 
-def _abstract_model(config: ModelConfig, dtype: str) -> tuple[nnx.GraphDef, nnx.State, list[str]]:
+def _abstract_model(config: ModelConfig, dtype: str) -> tuple[Any, Any, list[str]]:
     """The model's structure, the shapes of its parameters, and their paths in the order of the tree's leaves."""
     make = functools.partial(VideoNSA, config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
     graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     return graphdef, state, _paths(state)
 
 
-def _paths(state: nnx.State) -> list[str]:
+def _paths(state: Any) -> list[str]:
     # The last entry of a tree path is the variable's value.
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return [jax.tree_util.keystr(path[:-1], simple=True, separator="/") for path, _ in leaves]
 
 
-def _shardings(abstract: nnx.State, mesh: Mesh | None) -> nnx.State:
+def _shardings(abstract: Any, mesh: Mesh | None) -> Any:
     if mesh is not None:
         return state_shardings(abstract, mesh)
     return jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), abstract)
@@ -243,7 +243,7 @@ def _arrange(array: Array, is_kernel: bool, dtype: np.dtype) -> Array:
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="is_kernel")
-def _write_layer(stacked: Array, array: Array, layer: int, is_kernel: bool) -> Array:
+def _write_layer(stacked: Array, array: Array, layer: int | Array, is_kernel: bool) -> Array:
     return stacked.at[layer].set(_arrange(array, is_kernel, stacked.dtype))
 
 
@@ -252,8 +252,8 @@ def save_model(model: VideoNSA, path: str | os.PathLike) -> None:
 
     Tensors keep their dtype and have the keys of the hub's checkpoints (`model.layers.*`, `visual.*`), which
     transformers 4.49 and newer releases read; gates are `self_attn.g_proj_1` and `g_proj_2`, as in the published
-    checkpoint (plain transformers ignores them, with a warning). config.json is flat, with a `videonsa` block. The folder appears under its name only
-    when whole; parameters may lie on several devices of one process.
+    checkpoint (plain transformers leaves them out, with a warning). config.json is flat, with a `videonsa` block. The
+    folder appears under its name only when whole; parameters may lie on several devices of one process.
 
     Args:
       model: any `VideoNSA` whose parameters are all bfloat16 or all float32.
@@ -307,5 +307,5 @@ def _layer_of(stacked: Array, layer: int) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames="sharding")
-def _replicated_layer(stacked: Array, layer: int, sharding: Sharding) -> Array:
+def _replicated_layer(stacked: Array, layer: int | Array, sharding: Sharding) -> Array:
     return jax.lax.with_sharding_constraint(stacked[layer], sharding)

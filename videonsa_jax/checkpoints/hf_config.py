@@ -4,11 +4,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from videonsa_jax.checkpoints.errors import CheckpointError
 from videonsa_jax.checkpoints.safetensor_files import read_json
-from videonsa_jax.configs import MropeConvention, ModelConfig, NSAConfig, TextConfig, VisionConfig
+from videonsa_jax.configs import (
+    Dialect,
+    GateInit,
+    ModelConfig,
+    MropeConvention,
+    NSAConfig,
+    ReleasedCopy,
+    TextConfig,
+    VisionConfig,
+)
 
 CONFIG = "config.json"
 MODEL_TYPE, ARCHITECTURE = "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"
@@ -48,6 +57,12 @@ TOKEN_IDS = {
     "video_token_id": ("<|video_pad|>", 151_656),
 }
 _BLOCK = "videonsa"
+_BLOCK_NAMES = {
+    "dialect": get_args(Dialect),
+    "released_copy": get_args(ReleasedCopy),
+    "gate_init": get_args(GateInit),
+    "mrope": get_args(MropeConvention),
+}
 
 
 @dataclass(frozen=True)
@@ -105,6 +120,10 @@ def _nsa_of_block(path: Path, block: Mapping[str, Any]) -> tuple[NSAConfig | Non
     unknown = sorted(set(values) - {field.name for field in fields(NSAConfig)})
     if unknown:
         raise CheckpointError(f"{path}: the {_BLOCK} block has the unknown field(s) {', '.join(unknown)}")
+    for name, names in _BLOCK_NAMES.items():
+        value = block.get(name, names[0])
+        if value not in names:
+            _refuse(path, f"{_BLOCK}.{name}", value, " or ".join(map(repr, names)))
     if "dialect" not in values:  # a dense model
         return None, mrope
     if "branches" in values:
@@ -138,7 +157,11 @@ def read_config(folder: Path) -> FolderConfig:
     try:
         nsa, mrope = _nsa_of_block(path, block) if block else (None, "qwen2_5_vl")
         model = ModelConfig(
-            vision=VisionConfig(**vision_values, in_channels=vision.get("in_channels", vision.get("in_chans", 3))),
+            vision=VisionConfig(
+                **vision_values,
+                in_channels=vision.get("in_channels", vision.get("in_chans", 3)),
+                rope_theta=float((vision.get("rope_parameters") or {}).get("rope_theta", VisionConfig.rope_theta)),
+            ),
             text=TextConfig(
                 **values,
                 head_dim=text.get("head_dim") or values["hidden_size"] // values["num_attention_heads"],

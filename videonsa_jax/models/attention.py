@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import merge_by_lse, nsa_attention, nsa_attention_sharded, prefix_attention
 from videonsa_jax.configs import NSAConfig, TextConfig
-from videonsa_jax.models import rope
+from videonsa_jax.models import released, rope
 from videonsa_jax.models.layers import fan_in_init, linear, residual_scale
 from videonsa_jax.streams import Batch
 
@@ -39,12 +39,14 @@ class Visibility:
     Attributes:
       visual_tables: rotary (cos, sin) of the visual stream, each `[B, Lv, D/2]`.
       text_tables: rotary (cos, sin) of the text stream, each `[B, Q, Lt, D/2]`.
+      ids_differ: whether a visual token's three M-RoPE ids are not all equal (the dialect "released" asks).
       visual_offset: place of the first visual query among the visual keys; more than 0 where earlier ones are cached.
       text_offsets: likewise for each text row; None: 0.
     """
 
     visual_tables: tuple[Float[Array, "B Lv half"], Float[Array, "B Lv half"]]
     text_tables: tuple[Float[Array, "B Q Lt half"], Float[Array, "B Q Lt half"]]
+    ids_differ: Bool[Array, "B Lv"]
     visual_lengths: Int[Array, "B"]
     text_lengths: Int[Array, "B Q"]
     visible_visual: Int[Array, "B Q Lt"]
@@ -73,6 +75,7 @@ def visibility(batch: Batch, config: TextConfig) -> Visibility:
     return Visibility(
         visual_tables=rope.mrope_tables(batch.visual_positions, config.mrope_section, config.rope_theta),
         text_tables=rope.mrope_tables(batch.text_positions, config.mrope_section, config.rope_theta),
+        ids_differ=jnp.any(batch.visual_positions != batch.visual_positions[:1], axis=0),
         visual_lengths=batch.visual_lengths,
         text_lengths=batch.text_lengths,
         visible_visual=batch.visible_visual,
@@ -249,3 +252,30 @@ class Attention(nnx.Module):
         visual = _prefix(query, *visual_kv, places.visible_visual, places.visual_lengths, options)
         text = _prefix(query, *text_kv, past, places.text_lengths, options)
         return self.output(merge_by_lse(visual, text)[0])
+
+    def attend_released(
+        self,
+        normed: tuple[Float[Array, "B Lv hidden"], Float[Array, "B 1 Lt hidden"]],
+        visual_kv: VisualKV,
+        text_kv: TextKV,
+        places: Visibility,
+    ) -> tuple[Float[Array, "B Lv hidden"], Float[Array, "B 1 Lt hidden"]]:
+        """Both streams' attention in the dialect "released", which needs whole conversations in sequence order."""
+        in_sequence = released.sequence_places(
+            places.visible_text, places.visible_visual, places.visual_lengths, places.text_lengths
+        )
+        tables = (places.visual_tables, places.text_tables)
+        is_visual = (places.ids_differ, jnp.zeros(places.visible_visual.shape, bool))
+        merged = [
+            released.merge_streams(streams, in_sequence)
+            for streams in (
+                tuple(map(self.queries, normed, tables)),
+                *zip(visual_kv, text_kv, strict=True),
+                tuple(map(self.gate_logits, normed)),
+                is_visual,
+            )
+        ]
+        lengths = places.visual_lengths + places.text_lengths[:, 0]
+        heads = released.released_attention(*merged, lengths, self.nsa)
+        visual, text = released.split_streams(heads, in_sequence)
+        return self.output(visual), self.output(text)

@@ -70,6 +70,7 @@ class Piece:
         return Visibility(
             visual_tables=rope.mrope_tables(self.visual_positions, config.mrope_section, config.rope_theta),
             text_tables=rope.mrope_tables(self.text_positions, config.mrope_section, config.rope_theta),
+            ids_differ=jnp.any(self.visual_positions != self.visual_positions[:1], axis=0),
             visual_lengths=self.visual_lengths,
             text_lengths=self.text_lengths,
             visible_visual=self.visible_visual,

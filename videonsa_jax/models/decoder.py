@@ -88,6 +88,10 @@ class DecoderLayer(nnx.Module):
           The two streams after the layer.
         """
         (visual, text), attention = hidden, self.self_attn
+        if options.kind == "nsa" and attention.nsa.dialect == "released" and visual.shape[1]:
+            attended = attention.attend_released(normed, visual_kv, text_kv, places)
+            text = self._add_mlp(text + attended[1])
+            return (self._add_mlp(visual + attended[0]) if update_visual else visual), text
         if text.shape[2]:
             text = self._add_mlp(text + attention.attend_text(normed[1], visual_kv, text_kv, places, options))
         if update_visual and visual.shape[1]:

@@ -112,7 +112,8 @@ class VideoNSA(nnx.Module):
           Values at padded positions are finite and mean nothing.
 
         Raises:
-          ValueError: `attention` is unknown, is "nsa" on a model without gates, or is "dense" with Q > 1.
+          ValueError: `attention` is unknown, is "nsa" on a model without gates, or is "dense" (or the model's dialect
+            "released") with Q > 1.
         """
         kind = self.attention_kind(attention, batch.text_tokens.shape[1])
         batch = jax.tree.map(jnp.asarray, batch)
@@ -184,6 +185,7 @@ class VideoNSA(nnx.Module):
             raise ValueError(
                 'VideoNSA: attention is "nsa", but config.nsa is None: this model has no gates, use "dense"'
             )
-        if attention == "dense" and rows > 1:
-            raise ValueError(f"VideoNSA: dense attention supports Q = 1 text row a context only, got Q = {rows}")
+        sees_text = "dense attention" if attention == "dense" else 'the dialect "released"'
+        if rows > 1 and (attention == "dense" or self.config.nsa.dialect == "released"):
+            raise ValueError(f"VideoNSA: {sees_text} supports Q = 1 text row a context only, got Q = {rows}")
         return attention
