@@ -99,6 +99,18 @@ def test_answers_without_gates_equal_repeated_forward_passes(processor):
     assert tokens_of(dense, processor, SHORT) == [repeated_forward(dense, processor, SHORT)]
 
 
+def test_an_answer_in_the_released_dialect_starts_as_its_forward_pass(processor):
+    """The prompt runs in one piece; a generated token is plain dense, as in the published code."""
+    released = lively_model(config_with(dialect="released"))
+    prompt = processor(SHORT, **SMALL_PIXELS)
+    first = np.argmax(_forward(released, prompt, None)[0, 0, prompt.text_lengths[0, 0] - 1])
+    (tokens,) = tokens_of(released, processor, SHORT, chunk_size=5)
+    assert tokens[0] == first
+    assert tokens != tokens_of(lively_model(), processor, SHORT)[0]
+    with pytest.raises(ValueError, match='the dialect "released"'):
+        encode_visual(released, processor, SHORT)
+
+
 def test_rows_of_a_batch_equal_single_conversations(model, processor):
     conversations = [LONG, SHORT, ONLY_TEXT]
     single = [tokens_of(model, processor, conversation)[0] for conversation in conversations]
