@@ -10,8 +10,8 @@ from small_videos import grey_frames, write_video
 
 import videonsa_jax as vn
 from videonsa_jax.data.chat import QWEN_TEMPLATE, ChatError
+from videonsa_jax.data.frames import frames_to_patches
 from videonsa_jax.data.media import MediaError
-from videonsa_jax.data.video import frames_to_patches
 from videonsa_jax.processor import ProcessorError, load_processor, save_processor
 from videonsa_jax.streams import Visual, split_streams
 
@@ -116,7 +116,7 @@ def test_generation_prompt(processor):
 def test_too_many_visual_tokens_are_refused_before_decoding(processor, tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", grey_frames(20, 56, 84))
     little = dataclasses.replace(processor, max_visual_tokens=100)
-    monkeypatch.setattr("videonsa_jax.data.media.decode_video", lambda *_, **__: pytest.fail("decoded"))
+    monkeypatch.setattr("videonsa_jax.data.video.decode_video", lambda *_, **__: pytest.fail("decoded"))
     with pytest.raises(ProcessorError, match=r"shows 1176 visual tokens, expected at most 100: lower fps"):
         little(ask({"type": "video", "video": str(path)}))
 

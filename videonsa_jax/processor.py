@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 
 from videonsa_jax.configs import ModelConfig
 from videonsa_jax.data.chat import QWEN_TEMPLATE, Chat, load_chat, parse_chat
+from videonsa_jax.data.frames import MAX_PIXELS, MIN_PIXELS, VideoError, frames_to_patches
 from videonsa_jax.data.media import Limits, Media, MediaError, lay_out_frames, make_limits, plan_media
-from videonsa_jax.data.video import MAX_PIXELS, MIN_PIXELS, VideoError, frames_to_patches
 from videonsa_jax.models.vision import PIXEL_MEAN, PIXEL_STD
 from videonsa_jax.streams import Batch, SplitRow, Visual, split_streams
 

@@ -7,8 +7,8 @@ from small_videos import grey_frames, numbers, write_video
 
 from videonsa_jax.configs import VisionConfig
 from videonsa_jax.data import media
+from videonsa_jax.data.frames import VideoError
 from videonsa_jax.data.media import MediaError, make_limits, plan_media
-from videonsa_jax.data.video import VideoError
 
 VISION = VisionConfig()
 LIMITS = make_limits(min_pixels=3136, max_pixels=50_176)

@@ -15,12 +15,10 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from videonsa_jax.configs import VisionConfig
-from videonsa_jax.data.video import (
+from videonsa_jax.data.frames import (
     MAX_PIXELS_IN,
     VideoError,
     VideoInfo,
-    decode_video,
-    probe_video,
     resize_frame,
     sample_times,
     smart_resize,
@@ -186,12 +184,14 @@ def _local_path(name: str) -> Path:
 
 
 def _plan_video(path: Path, limits: Limits, vision: VisionConfig) -> Media:
-    info = probe_video(path, seconds_limit=limits.decode_seconds)
+    from videonsa_jax.data import video  # PyAV, which frames arrays and images do not need
+
+    info = video.probe_video(path, seconds_limit=limits.decode_seconds)
     visual = video_grid(info, limits, vision)
     times, _ = sample_times(info.duration, limits.fps, limits.max_frames)
 
     def frames() -> UInt8[np.ndarray, "F H W 3"]:
-        decoded = decode_video(
+        decoded = video.decode_video(
             path,
             fps=limits.fps,
             max_frames=limits.max_frames,
