@@ -5,7 +5,7 @@
 1. Each release makes its models and outputs; the tests of test_fixtures.py run on these instead of the committed ones.
 2. What a release has written is loaded and saved by us, in bfloat16 and in float32, plain and with new gates. Both
    releases load that with no key missing or left over but the gates, and give the outputs of the original bit for bit.
-3. What they write of it in turn is loaded by us, bit for bit what we had saved.
+3. What they write of it in turn (never the gates) is loaded by us, bit for bit what we had saved.
 """
 
 import json
@@ -76,7 +76,8 @@ def round_trip(pythons: dict[str, str], outputs: dict[str, dict], folder: Path) 
                 for key, array in outputs[reader].items():
                     np.testing.assert_array_equal(found[key], array, err_msg=f"{back.name}: {key}")
                 for name, model in models.items():
-                    assert_same_parameters(load_model(back / name, dtype), model)
+                    # transformers leaves gates out, but 4.49 keeps our block of config.json that promises them.
+                    assert_same_parameters(load_model(back / name, dtype, nsa=None), model)
                 print(f"{variant} -> videonsa_jax -> {reader} -> videonsa_jax: equal bit for bit")
 
 
