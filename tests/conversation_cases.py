@@ -38,12 +38,13 @@ def small_processor(folder: Path, config: ModelConfig | None = None) -> Processo
     return make_processor(Tokenizer.from_file(str(path)), config or config_with())
 
 
-def lively_model(config: ModelConfig | None = None, seed: int = 0) -> VideoNSA:
-    """A model whose answers depend on what it is shown and asked: attention writes strongly into the stream."""
+def lively_model(config: ModelConfig | None = None, seed: int = 1) -> VideoNSA:
+    """A model whose answers depend on what it is shown and asked: attention is sharp and writes much."""
     graphdef, state = nnx.split(build(config or config_with(), seed))
     for layer in (state["decoder"]["layers"], state["decoder"]["last_layer"]):
-        kernel = layer["self_attn"]["o_proj"]["kernel"]
-        kernel[...] = 6 * jnp.asarray(kernel[...])
+        for name, factor in (("q_proj", 3), ("k_proj", 3), ("o_proj", 6)):
+            kernel = layer["self_attn"][name]["kernel"]
+            kernel[...] = factor * jnp.asarray(kernel[...])
     return nnx.merge(graphdef, state)
 
 

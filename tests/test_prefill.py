@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from conversation_cases import SMALL_PIXELS, ask, clip, image, little_optimisation, lively_model, small_processor  # noqa: F401
+from conversation_cases import SMALL_PIXELS, ask, clip, config_with, image, little_optimisation, small_processor  # noqa: F401
+from model_cases import build
 
 from videonsa_jax.models.attention import AttentionOptions
 from videonsa_jax.models.cache import empty_cache
@@ -28,7 +29,7 @@ GROUP = [ask(clip(9, 5), image(6), question) for question in ("What?", "red or g
 
 @pytest.fixture(scope="module")
 def model():
-    return lively_model()
+    return build(config_with())
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +41,18 @@ def prompts_of(processor, messages, **options):
     return processor.plan(messages, **SMALL_PIXELS, **options)
 
 
-@pytest.mark.parametrize(("attention", "group"), [("nsa", False), ("nsa", True), ("dense", False)])
-def test_pieces_equal_one_forward_pass(model, processor, attention, group):
+# Pieces that end where a video ends, and inside a video and a block of four.
+@pytest.mark.parametrize(
+    ("attention", "group", "chunk_sizes"), [("nsa", False, (18, 10)), ("nsa", True, (10,)), ("dense", False, (18, 10))]
+)
+def test_pieces_equal_one_forward_pass(model, processor, attention, group, chunk_sizes):
     prompts = prompts_of(processor, GROUP if group else CONVERSATIONS, group=group)
     batch = processor.collate(prompts)
     places = batch.text_lengths[..., None, None] - 1
     logits = np.asarray(jax.jit(model.__call__, static_argnames="attention")(batch, attention=attention).logits)
     expected = np.take_along_axis(logits, places, axis=2)[:, :, 0]
     longest = int(batch.visual_lengths.max())
-    # One piece; pieces that end inside a video, inside a block of four and where a video ends.
-    for chunk_size in (1000, 18, 10):
+    for chunk_size in chunk_sizes:
         width = chunk_width(longest, chunk_size)
         capacity = visual_capacity(longest, width)
         pieces = cut(batch, width, interleaved=attention == "dense")

@@ -258,7 +258,7 @@ def _decode(
     *,
     is_greedy: bool,
 ) -> Iterator[Int[np.ndarray, "B Q"]]:
-    """Yields the next token of every row, `max_new_tokens` times. The following step runs meanwhile."""
+    """Yields the next token of every row, `max_new_tokens` times; the step after it runs meanwhile."""
     is_text = np.arange(batch.text_tokens.shape[-1]) < batch.text_lengths[..., None]
     is_visual = np.arange(batch.visual_positions.shape[-1]) < batch.visual_lengths[:, None]
     # Past every id of the row, as transformers' rope_deltas; later releases let a video's ids exceed the text's.
@@ -270,6 +270,8 @@ def _decode(
     tokens, text = _choose(model, last, sampling, step, is_greedy=is_greedy), cache.text
     for index in range(max_new_tokens):
         shown = tokens
+        if index == 0:
+            yield np.asarray(shown)  # before the next step, which may have to be compiled
         if index + 1 < max_new_tokens:
             tokens, step, text = _decode_step(
                 model,
@@ -283,7 +285,8 @@ def _decode(
                 options=options,
                 is_greedy=is_greedy,
             )
-        yield np.asarray(shown)
+        if index > 0:
+            yield np.asarray(shown)
 
 
 class _Answer:
@@ -317,7 +320,7 @@ def _tell_unread_fields(processor: Processor) -> None:
 def generate(
     model: VideoNSA,
     processor: Processor,
-    messages: Messages | Sequence[Messages],
+    messages: Messages,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     visual: EncodedVisual | None = None,

@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 
 from videonsa_jax.configs import ModelConfig
 from videonsa_jax.data.chat import QWEN_TEMPLATE, Chat, load_chat, parse_chat
-from videonsa_jax.data.media import Limits, Media, MediaError, check_limits, lay_out_frames, plan_media
-from videonsa_jax.data.video import MAX_PIXELS, MIN_PIXELS, VideoError, frames_to_patches
+from videonsa_jax.data.frames import MAX_PIXELS, MIN_PIXELS, VideoError, frames_to_patches
+from videonsa_jax.data.media import Limits, Media, MediaError, lay_out_frames, make_limits, plan_media
 from videonsa_jax.models.vision import PIXEL_MEAN, PIXEL_STD
 from videonsa_jax.streams import Batch, SplitRow, Visual, split_streams
 
@@ -50,7 +50,7 @@ FILES = (
 # Fields of generation_config.json that say nothing about how tokens are chosen.
 _INERT = ("_from_model_config", "transformers_version", "bos_token_id", "pad_token_id", "eos_token_id")
 
-type Messages = Sequence[Mapping[str, Any]]
+type Messages = Any  # a conversation, or a list of them, from outside: what it holds is checked here
 
 
 class ProcessorError(ValueError):
@@ -121,9 +121,9 @@ class Processor:
 
     def __call__(
         self,
-        messages: Messages | Sequence[Messages],
+        messages: Messages,
         group: bool = False,
-        fps: float = 4.0,
+        fps: float | int = 4.0,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         max_frames: int | None = None,
@@ -164,10 +164,10 @@ class Processor:
 
     def plan(
         self,
-        messages: Messages | Sequence[Messages],
+        messages: Messages,
         *,
         group: bool = False,
-        fps: float = 4.0,
+        fps: float | int = 4.0,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         max_frames: int | None = None,
@@ -204,7 +204,7 @@ class Processor:
         }
         given = {name: value for name, value in given.items() if value is not None}
         limits = {
-            kind: check_limits(Limits(**default | given | {"decode_seconds": self.decode_seconds}))
+            kind: make_limits(**default | given, decode_seconds=self.decode_seconds)
             for kind, default in (
                 ("video", {"min_pixels": VIDEO_MIN_PIXELS, "max_pixels": VIDEO_MAX_PIXELS}),
                 ("image", {"min_pixels": self.image_min_pixels, "max_pixels": self.image_max_pixels}),
@@ -319,7 +319,7 @@ class Processor:
         return batch
 
 
-def is_conversation(messages: Messages | Sequence[Messages]) -> bool:
+def is_conversation(messages: Messages) -> bool:
     """Whether `messages` is one conversation rather than a list of them.
 
     Raises:
@@ -332,7 +332,7 @@ def is_conversation(messages: Messages | Sequence[Messages]) -> bool:
     return not isinstance(messages[0], list | tuple)
 
 
-def _conversations(messages: Messages | Sequence[Messages], group: bool) -> Sequence[Messages]:
+def _conversations(messages: Messages, group: bool) -> Sequence[Messages]:
     if is_conversation(messages):
         if group:
             raise ProcessorError("group=True needs a list of conversations, got one conversation")
@@ -405,7 +405,7 @@ def _template(files: Mapping[str, bytes], tokenizer_config: Mapping) -> str:
     return template
 
 
-def _agree(value: object, expected: float | list[float]) -> bool:
+def _agree(value: object, expected: int | list[float]) -> bool:
     try:
         return np.shape(value) == np.shape(expected) and bool(np.allclose(value, expected, rtol=1e-6))
     except (TypeError, ValueError):
@@ -429,7 +429,7 @@ def _pixel_limits(files: Mapping[str, bytes], config: ModelConfig) -> tuple[int,
     size = fields.get("size") or {}
     least = fields.get("min_pixels") or size.get("min_pixels") or size.get("shortest_edge") or MIN_PIXELS
     most = fields.get("max_pixels") or size.get("max_pixels") or size.get("longest_edge") or MAX_PIXELS
-    limits = check_limits(Limits(min_pixels=least, max_pixels=most))
+    limits = make_limits(min_pixels=least, max_pixels=most)
     return limits.min_pixels, limits.max_pixels
 
 

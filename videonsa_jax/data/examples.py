@@ -10,9 +10,10 @@ from jaxtyping import Bool, Int, UInt8
 from videonsa_jax.configs import ModelConfig
 from videonsa_jax.data.chat import Chat
 from videonsa_jax.data.config import Ablation, DataConfig
+from videonsa_jax.data.frames import VideoError, frames_to_patches
 from videonsa_jax.data.media import lay_out_frames
 from videonsa_jax.data.sources import Context, Record
-from videonsa_jax.data.video import VideoError, decode_video, frames_to_patches
+from videonsa_jax.data.video import decode_video
 from videonsa_jax.streams import BATCH_AXIS_SECOND, ArrayLike, Batch, TrainBatch, Visual, register_pytree, split_streams
 
 type Arrays = dict[str, np.ndarray]

@@ -7,7 +7,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,10 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from videonsa_jax.configs import VisionConfig
-from videonsa_jax.data.video import (
+from videonsa_jax.data.frames import (
     MAX_PIXELS_IN,
     VideoError,
     VideoInfo,
-    decode_video,
-    probe_video,
     resize_frame,
     sample_times,
     smart_resize,
@@ -140,7 +138,7 @@ def plan_media(item: Mapping, limits: Limits, vision: VisionConfig) -> Media:
     if item.get(kind) is None:
         raise MediaError(f"a {kind} has no {kind!r} beside its type, expected a path or an array")
     own = {name: item[name] for name in FIELDS[kind][2:] if item.get(name) is not None}
-    limits = check_limits(replace(limits, **own))
+    limits = make_limits(**(asdict(limits) | own))
     content = item[kind]
     if isinstance(content, str | Path):
         content = _local_path(str(content))
@@ -157,15 +155,20 @@ def plan_media(item: Mapping, limits: Limits, vision: VisionConfig) -> Media:
         raise MediaError(f"{content}: {error}" if named else str(error)) from error
 
 
-def check_limits(limits: Limits) -> Limits:
-    """Returns `limits`; raises a MediaError where a value is not a number in its range."""
+def make_limits(**values: object) -> Limits:
+    """`Limits` of values from outside.
+
+    Raises:
+      MediaError: a value is not a number in its range.
+    """
     for name in ("min_pixels", "max_pixels", "max_frames", "total_pixels"):
-        value = getattr(limits, name)
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not (whole and value >= 1) and not (value is None and name == "total_pixels"):
+        value = values.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1):
             raise MediaError(f"{name} is {value!r}, expected a whole number of at least 1")
-    if not (isinstance(limits.fps, int | float | np.number) and math.isfinite(limits.fps) and limits.fps > 0):
-        raise MediaError(f"fps is {limits.fps!r}, expected a number above 0")
+    fps = values.get("fps", Limits.fps)
+    if isinstance(fps, bool) or not isinstance(fps, int | float | np.number) or not 0 < fps < math.inf:
+        raise MediaError(f"fps is {fps!r}, expected a number above 0")
+    limits = Limits(**values | {"fps": float(fps)})
     if limits.min_pixels > limits.max_pixels:
         raise MediaError(
             f"min_pixels {limits.min_pixels} exceeds max_pixels {limits.max_pixels}, expected at most that"
@@ -181,12 +184,14 @@ def _local_path(name: str) -> Path:
 
 
 def _plan_video(path: Path, limits: Limits, vision: VisionConfig) -> Media:
-    info = probe_video(path, seconds_limit=limits.decode_seconds)
+    from videonsa_jax.data import video  # PyAV, which frames arrays and images do not need
+
+    info = video.probe_video(path, seconds_limit=limits.decode_seconds)
     visual = video_grid(info, limits, vision)
     times, _ = sample_times(info.duration, limits.fps, limits.max_frames)
 
     def frames() -> UInt8[np.ndarray, "F H W 3"]:
-        decoded = decode_video(
+        decoded = video.decode_video(
             path,
             fps=limits.fps,
             max_frames=limits.max_frames,

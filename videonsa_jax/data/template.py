@@ -111,7 +111,8 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
         _step()
-        owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+        method = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
+        owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         if isinstance(owner, str):
             if name == "replace" and len(args) > 1 and all(isinstance(arg, str) for arg in args[:2]):
                 _bounded_length(len(owner) + owner.count(args[0]) * len(args[1]))

@@ -145,7 +145,9 @@ def extend(
         hidden, visual, text = carry
         normed, new_visual, new_text = layer.project(hidden, places)
         if writes_visual:
-            visual = _write_visual(visual, new_visual, index, places.visual_offset)
+            # Behind a barrier: XLA would fuse the write into the reads below, and these would then need the cache as it
+            # was, that is a copy of all of it in every layer.
+            visual = jax.lax.optimization_barrier(_write_visual(visual, new_visual, index, places.visual_offset))
         if writes_text:
             text = _write_text(text, new_text, index, places.text_offsets)
         visual_kv, text_kv = (
