@@ -21,11 +21,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def synchronize():
+    """Waits for the device."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
 
 def device_peak():
+    """Bytes, or None on a CPU."""
     return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
 
 
@@ -54,6 +56,7 @@ def make(folder):
 
 
 def inputs_of(folder, name):
+    """What the model takes, on the device, and which tokens are text."""
     data = np.load(folder / f"{name}.npz")
     patches = torch.from_numpy(data["patches"]).to(DEVICE)
     each = patches.shape[1] // 3
@@ -73,6 +76,7 @@ def inputs_of(folder, name):
 
 
 def cast(inputs, dtype):
+    """Pixels in the model's dtype."""
     return inputs | {"pixel_values_videos": inputs["pixel_values_videos"].to(dtype)}
 
 
@@ -90,6 +94,7 @@ def timed(function, samples):
 
 @torch.no_grad()
 def run(folder):
+    """Every measurement, then the logits."""
     settings = json.loads((folder / "settings.json").read_text())
     torch.backends.cuda.matmul.allow_tf32 = False
     result = {

@@ -260,11 +260,10 @@ def _decode(
 ) -> Iterator[Int[np.ndarray, "B Q"]]:
     """Yields the next token of every row, `max_new_tokens` times; the step after it runs meanwhile."""
     is_text = np.arange(batch.text_tokens.shape[-1]) < batch.text_lengths[..., None]
-    is_visual = np.arange(batch.visual_positions.shape[-1]) < batch.visual_lengths[:, None]
-    # Past every id of the row, as transformers' rope_deltas; later releases let a video's ids exceed the text's.
+    # Past the row's text, also in the rules that let a video's ids exceed it: so does transformers' generate(),
+    # although the `rope_deltas` of 5.x go past the video (tests/parity compares tokens).
     of_text = batch.text_positions.max(axis=(0, 3), where=is_text, initial=-1)
-    of_visual = batch.visual_positions.max(axis=(0, 2), where=is_visual, initial=-1)
-    first_position = jnp.asarray(np.maximum(of_text, of_visual[:, None]) + 1, jnp.int32)
+    first_position = jnp.asarray(of_text + 1, jnp.int32)
     lengths = jnp.asarray(batch.visual_lengths), jnp.asarray(batch.text_lengths)
     step = jnp.int32(0)
     tokens, text = _choose(model, last, sampling, step, is_greedy=is_greedy), cache.text

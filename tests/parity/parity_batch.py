@@ -35,9 +35,10 @@ def in_sequence(row: SplitRow, visual: np.ndarray, text: np.ndarray) -> np.ndarr
     return sequence
 
 
-def make_batch(selected: Sequence[str], mrope: str, generated: Sequence[int] = ()) -> Batch:
-    """A context for each case; `generated` tokens follow the text of each."""
+def make_batch(selected: Sequence[str], mrope: str, generated: Sequence[Sequence[int]] | None = None) -> Batch:
+    """A context for each case; each one's `generated` tokens follow its text."""
     B, vision = len(selected), (FRAMES, PATCHES)
+    generated = [()] * B if generated is None else generated
     batch = Batch(
         patches=np.full((B, *vision, cases.PATCH_DIM), 77, np.uint8),
         frame_grids=np.zeros((B, FRAMES, 2), np.int32),
@@ -62,19 +63,22 @@ def make_batch(selected: Sequence[str], mrope: str, generated: Sequence[int] = (
         batch.visual_lengths[b] = token
         batch.visual_positions[:, b, :token] = row.visual_positions
         batch.visible_text[b, :token] = row.visible_text
-        count, end = len(row.text_tokens), len(row.text_tokens) + len(generated)
+        count, end = len(row.text_tokens), len(row.text_tokens) + len(generated[b])
         batch.text_lengths[b] = end
         batch.text_tokens[b, 0, :count] = row.text_tokens
-        batch.text_tokens[b, 0, count:end] = generated
+        batch.text_tokens[b, 0, count:end] = generated[b]
         batch.text_positions[:, b, 0, :count] = row.text_positions
         # Also in 5.x, whose `rope_deltas` would go on past a video that outlasts its text: its generate() does not.
-        batch.text_positions[:, b, 0, count:end] = row.text_positions[:, -1:] + 1 + np.arange(len(generated))
+        batch.text_positions[:, b, 0, count:end] = row.text_positions[:, -1:] + 1 + np.arange(len(generated[b]))
         batch.visible_visual[b, 0, :count] = row.visible_visual
         batch.visible_visual[b, 0, count:end] = token
     return batch
 
 
 # These tests compile much and compute little.
-@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@jit
 def logits(model: VideoNSA, batch: Batch) -> jax.Array:
     return model(batch).logits

@@ -11,7 +11,7 @@ import numpy as np
 import parity_cases as cases
 import pytest
 from conftest import RELEASES, Recorded, checkpoint
-from parity_batch import in_sequence, logits, make_batch, places, split
+from parity_batch import in_sequence, jit, logits, make_batch, places, split
 
 from videonsa_jax.checkpoints import load_model
 from videonsa_jax.models import rope
@@ -66,7 +66,7 @@ def test_patch_embedding_and_merger(recorded, model):
 def test_vision_tower(recorded, model):
     """One windowed block, one full block, and three mixed, on two videos of different size: every window is ragged."""
     batch = make_batch(["videos"], recorded.mrope)
-    merged = np.asarray(model.visual(jnp.asarray(batch.patches[0]), jnp.asarray(batch.frame_grids[0])))
+    merged = np.asarray(jit(lambda tower, *args: tower(*args))(model.visual, batch.patches[0], batch.frame_grids[0]))
     is_video = [seconds > 0 for (frames, *_), seconds in cases.grids("videos") for _ in range(frames)]
     counts = np.prod(batch.frame_grids[0], -1) // 4
     videos = [merged[frame, : counts[frame]] for frame, video in enumerate(is_video) if video]
@@ -84,8 +84,12 @@ def test_decoder_layer(recorded, model):
         jnp.asarray(pad(hidden[visual], [(0, batch.visual_source.shape[1] - len(visual)), (0, 0)]))[None],
         jnp.asarray(pad(hidden[text], [(0, batch.text_tokens.shape[2] - len(text)), (0, 0)]))[None, None],
     )
-    shared = visibility(jax.tree.map(jnp.asarray, batch), model.config.text)
-    visual_out, text_out = layer(streams, shared, AttentionOptions("dense"))
+
+    @jit
+    def apply(layer, streams, batch):
+        return layer(streams, visibility(batch, model.config.text), AttentionOptions("dense"))
+
+    visual_out, text_out = apply(layer, streams, batch)
     out = recorded["image/layer_0/out"]
     np.testing.assert_allclose(visual_out[0, : len(visual)], out[visual], atol=MODULE)
     np.testing.assert_allclose(text_out[0, 0, : len(text)], out[text], atol=MODULE)
@@ -100,15 +104,15 @@ def test_logits_in_one_batch(recorded, model):
         np.testing.assert_allclose(found[b, 0, : len(expected)], expected, atol=LOGITS)
 
 
-@pytest.mark.parametrize("case", cases.CASES)
-def test_greedy_tokens(recorded, model, case):
-    """Sixteen tokens, each from a whole forward pass; what follows a video takes ids past all three axes."""
-    tokens: list[int] = []
-    count = len(split(case, recorded.mrope).text_tokens)
+def test_greedy_tokens(recorded, model):
+    """Sixteen tokens of every conversation, each from a whole forward pass."""
+    rows = [split(case, recorded.mrope) for case in cases.CASES]
+    tokens: list[list[int]] = [[] for _ in rows]
     for _ in range(cases.NEW_TOKENS):
-        found = logits(model, make_batch([case], recorded.mrope, tokens))
-        tokens.append(int(np.argmax(found[0, 0, count + len(tokens) - 1])))
-    assert tokens == recorded[f"{case}/greedy"].tolist()
+        found = logits(model, make_batch(list(cases.CASES), recorded.mrope, tokens))
+        for b, row in enumerate(rows):
+            tokens[b].append(int(np.argmax(found[b, 0, len(row.text_tokens) + len(tokens[b]) - 1])))
+    assert tokens == [recorded[f"{case}/greedy"].tolist() for case in cases.CASES]
 
 
 def test_every_release_option_differs_here():

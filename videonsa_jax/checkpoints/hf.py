@@ -72,7 +72,7 @@ def load_model(
     """Loads Qwen2.5-VL or VideoNSA weights from a Hugging Face folder straight onto the devices.
 
     Files are memory-mapped. Each device's part of a parameter is filled on the device, one layer at a time, so the
-    host holds two layers' slices at most, and page cache.
+    host holds the slices of two layers and the one being read, beside page cache.
 
     Args:
       path: folder with config.json and model.safetensors, or shards with their index; a `videonsa` block in
@@ -168,7 +168,7 @@ def _check_keys(tensors: StoredTensors, weights: Mapping[str, Weight], *, dense:
 def _check_tied(tensors: StoredTensors) -> None:
     head, embedding = tensors.shapes[HEAD_KEY], tensors.shapes[EMBEDDING_KEY]
     starts = range(0, embedding[0], _ROWS_AT_ONCE) if head == embedding else ()
-    rows = [slice(start, start + _ROWS_AT_ONCE) for start in starts]
+    rows = [slice(start, min(start + _ROWS_AT_ONCE, embedding[0])) for start in starts]
     if head != embedding or not all(
         np.array_equal(tensors.read(HEAD_KEY, part), tensors.read(EMBEDDING_KEY, part)) for part in rows
     ):
