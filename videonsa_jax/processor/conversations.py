@@ -4,6 +4,7 @@ It holds the tokenizer, chat template and image settings of a Hugging Face model
 were, so that saving gives them back byte for byte.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
