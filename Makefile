@@ -9,7 +9,7 @@ WANTED := $(shell cat .python-version)
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test test-slow test-gpu lint format clean
+.PHONY: help env train test test-slow test-gpu parity lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,17 @@ test-slow: env ## minutes-long cases
 test-gpu: env ## cases that need an NVIDIA GPU
 	JAX_PLATFORMS=cuda $(PYTHON) -m pytest -m gpu $(ARGS)
 
+# transformers needs torch, whose CPU build for the library's Python may be missing: environments of their own.
+.venv-parity-%/.complete: tests/parity/requirements-%.txt
+	@python3.11 -c '' 2>/dev/null || { echo "Python 3.11 not found: make parity runs transformers with it" >&2; exit 1; }
+	rm -rf $(@D)
+	python3.11 -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
+parity: env .venv-parity-4.49.0/.complete .venv-parity-5.23.0/.complete ## compare with transformers, both ways, afresh
+	$(PYTHON) tests/parity/live.py .venv-parity-4.49.0/bin/python .venv-parity-5.23.0/bin/python
+
 lint: env ## ruff: rules and format
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -47,4 +58,4 @@ format: env ## ruff, in place
 	$(VENV)/bin/ruff format .
 
 clean: ## remove the environment and caches (runs/ and datasets/ stay)
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-parity-* .pytest_cache .ruff_cache .hypothesis

@@ -44,6 +44,12 @@ def test_fractions_of_a_second_are_floored_after_scaling():
     np.testing.assert_array_equal(truncated.visual_positions[0], [0, 0, 0, 0])
 
 
+def test_ids_are_computed_in_float32_as_torch_does():
+    """39 x 2 / 1.3 s x 2 is 120: float32 gives that, float64 a little less."""
+    ids = split_streams([Visual((40, 1, 1), 2 / 1.3)], tokens_per_second=2.0).visual_positions[0]
+    assert ids[39] == 120
+
+
 def test_streams_without_text_or_without_visuals():
     empty = split_streams([], tokens_per_second=2.0)
     assert empty.text_positions.shape == (3, 0)

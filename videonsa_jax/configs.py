@@ -9,6 +9,9 @@ from typing import Literal
 Branch = Literal["compressed", "selected", "window"]
 BRANCHES: tuple[Branch, ...] = ("compressed", "selected", "window")
 MropeConvention = Literal["qwen2_5_vl", "int_seconds", "transformers_5_3", "transformers_5_21"]
+Dialect = Literal["paper", "released"]
+ReleasedCopy = Literal["evaluation", "training"]
+GateInit = Literal["released", "zero"]
 
 
 def _require(condition: bool, owner: str, sentence: str) -> None:
@@ -132,6 +135,10 @@ class NSAConfig:
       local_blocks: trailing blocks that are always selected, the current one included.
       gate_init: "released" (normal 0.02 weights) or "zero" (second weight 0: every gate is 0.5).
       branches: the branches whose output counts; an absent one contributes 0.
+      dialect: "paper" (docs/attention.md), or "released": the arithmetic of the published code, with which the
+        published checkpoint was trained (`models/released.py`); a correctness path, in plain XLA.
+      released_copy: which of that code's two copies the dialect "released" follows: "evaluation" (its lmms-eval) or
+        "training" (its ms-swift). Unused by "paper".
     """
 
     block_size: int = 64
@@ -140,8 +147,10 @@ class NSAConfig:
     gate_temperature: float = 0.3
     init_blocks: int = 0
     local_blocks: int = 1
-    gate_init: Literal["released", "zero"] = "released"
+    gate_init: GateInit = "released"
     branches: tuple[Branch, ...] = BRANCHES
+    dialect: Dialect = "paper"
+    released_copy: ReleasedCopy = "evaluation"
 
     def __post_init__(self) -> None:
         for name in ("block_size", "block_count", "window_size"):
@@ -164,6 +173,28 @@ class NSAConfig:
             "NSAConfig",
             f"branches {self.branches} must be distinct names out of {BRANCHES}",
         )
+        if self.dialect == "released":
+            self._check_released()
+
+    def _check_released(self) -> None:
+        _require(
+            (self.init_blocks, self.local_blocks) == (0, 1) and set(self.branches) == set(BRANCHES),
+            "NSAConfig",
+            f'dialect "released" has no init_blocks, local_blocks or branches to choose, got {self.init_blocks}, '
+            f"{self.local_blocks} and {self.branches}, expected 0, 1 and all three",
+        )
+        _require(
+            self.block_size & (self.block_size - 1) == 0 and max(2, self.released_block_count) <= self.block_size,
+            "NSAConfig",
+            f'dialect "released" sorts block_size blocks at a time and rounds block_count up to a power of two, so '
+            f"block_size must be a power of two of at least {max(2, self.released_block_count)} (block_count is "
+            f"{self.block_count}), got {self.block_size}",
+        )
+
+    @property
+    def released_block_count(self) -> int:
+        """Blocks that the published kernel selects: `block_count` rounded up to a power of two."""
+        return 1 << (self.block_count - 1).bit_length()
 
 
 @dataclass(frozen=True)

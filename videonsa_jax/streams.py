@@ -61,7 +61,9 @@ def _visual_ids(visual: Visual, tokens_per_second: float, convention: MropeConve
     if convention in ("int_seconds", "transformers_5_3"):
         seconds = float(int(seconds))
     frames, height, width = visual.grid
-    time_ids = np.floor(np.arange(frames) * seconds * tokens_per_second).astype(np.int32)
+    # In float32, as torch multiplies: where the product should be whole, float64 can round to the other side.
+    times = np.arange(frames, dtype=np.float32) * np.float32(seconds)
+    time_ids = np.floor(times * np.float32(tokens_per_second)).astype(np.int32)
     ids = np.meshgrid(time_ids, np.arange(height, dtype=np.int32), np.arange(width, dtype=np.int32), indexing="ij")
     return np.stack([axis.reshape(-1) for axis in ids])
 

@@ -140,7 +140,7 @@ def test_positions_need_no_content(chat):
         ([{"role": "robot", "content": "hi"}], [], "message 0 is .*robot.*, expected a role"),
         ([{"role": "user", "content": 5}], [], "message 0 has content of type int"),
         ([{"role": "user", "content": ["hi"]}], [], "message 0 holds the item 'hi'"),
-        ([{"role": "user", "content": [{"type": "text"}]}], [], "message 0 holds the item .*text.*with a text"),
+        ([{"role": "user", "content": [{"type": "text"}]}], [], "message 0 holds the item .*text.*with a text alone"),
         ([{"role": "user", "content": [{"type": "sound"}]}], [], "message 0 holds the item .*sound"),
         ([question("hi")], [], "more videos and images than the 0 given"),
         ([question("hi")], [VIDEO, IMAGE], "hold 1 videos and images, but 2 are given"),

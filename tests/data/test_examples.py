@@ -18,8 +18,9 @@ from videonsa_jax.data.examples import (
     fill_row,
     pad_and_stack,
 )
+from videonsa_jax.data.frames import VideoError, frames_to_patches
 from videonsa_jax.data.sources import build_index, read_records
-from videonsa_jax.data.video import VideoError, decode_video, frames_to_patches
+from videonsa_jax.data.video import decode_video
 from videonsa_jax.streams import Visual, split_streams
 
 QUESTIONS = (("What colour?", "red"), ("What is one plus two?", "three"), ("Is the ball blue?", "no"))

@@ -8,16 +8,15 @@ from PIL import Image
 from small_videos import grey_frames, numbers, write_video
 
 from videonsa_jax.data import video
-from videonsa_jax.data.video import (
+from videonsa_jax.data.frames import (
     VideoError,
     VideoInfo,
-    decode_video,
     frames_to_patches,
-    probe_video,
     resize_frame,
     sample_times,
     smart_resize,
 )
+from videonsa_jax.data.video import decode_video, probe_video
 
 
 def decode(path, **options):

@@ -5,19 +5,17 @@ the rendered text was cut at its special tokens. So a question that holds "<|im_
 otherwise the same as that of the rendered whole.
 """
 
-import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import jinja2
 import numpy as np
 from jaxtyping import Bool
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from videonsa_jax.data.template import TemplateError, render_template
 from videonsa_jax.streams import Visual
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
@@ -25,6 +23,7 @@ VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 SPECIAL_TOKENS = (IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
 ROLES = ("system", "user", "assistant", "tool")
+MESSAGE_FIELDS = ("role", "content")
 
 # Qwen2.5-VL's chat_template.json, with its fixed system prompt made a variable.
 QWEN_TEMPLATE = (
@@ -67,17 +66,6 @@ class Rendered:
     answer: Bool[np.ndarray, "Lt"]
 
 
-@functools.lru_cache(maxsize=8)
-def _compiled(template: str) -> jinja2.Template:
-    def raise_exception(message: str) -> None:
-        raise ChatError(f"the chat template says: {message}")
-
-    # trim_blocks and lstrip_blocks as transformers renders chat templates.
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = raise_exception
-    return environment.from_string(template)
-
-
 @dataclass(frozen=True)
 class Chat:
     """A tokenizer with a chat template. Picklable: loader workers get a copy.
@@ -88,6 +76,7 @@ class Chat:
       special_ids: id of every special token.
       template: Jinja source.
       system_prompt: for conversations without one; empty or None = none.
+      template_variables: what else the template may read, such as `bos_token`.
     """
 
     tokenizer: Tokenizer
@@ -95,6 +84,7 @@ class Chat:
     special_ids: Mapping[str, int]
     template: str = QWEN_TEMPLATE
     system_prompt: str | None = QWEN_SYSTEM_PROMPT
+    template_variables: Mapping[str, str] = field(default_factory=dict)
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -127,14 +117,16 @@ class Chat:
           ChatError: a message is malformed, or items and `visuals` differ in number.
         """
         texts = _Texts()
+        variables = {
+            **self.template_variables,
+            "messages": [_marked(message, place, texts) for place, message in enumerate(messages)],
+            "system_prompt": texts.mark(self.system_prompt) if self.system_prompt else "",
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            rendered = _compiled(self.template).render(
-                messages=[_marked(message, place, texts) for place, message in enumerate(messages)],
-                system_prompt=texts.mark(self.system_prompt) if self.system_prompt else "",
-                add_generation_prompt=add_generation_prompt,
-            )
-        except jinja2.TemplateError as error:
-            raise ChatError(f"the chat template failed: {error}") from error
+            rendered = render_template(self.template, variables)
+        except TemplateError as error:
+            raise ChatError(str(error)) from error
         return self._assemble(rendered, texts, visuals)
 
     def _assemble(self, rendered: str, texts: "_Texts", visuals: Sequence[Visual]) -> Rendered:
@@ -191,6 +183,9 @@ def _marked(message: object, place: int, texts: _Texts) -> dict:
     """A copy of a checked message with every text replaced by its mark."""
     if not isinstance(message, Mapping) or message.get("role") not in ROLES:
         raise ChatError(f"message {place} is {str(message)[:80]!r}, expected a role out of {', '.join(ROLES)}")
+    unknown = [name for name in message if name not in MESSAGE_FIELDS]
+    if unknown:
+        raise ChatError(f"message {place} has the field {unknown[0]!r}, expected only {' and '.join(MESSAGE_FIELDS)}")
     content, said = message.get("content"), message["role"] == "assistant"
     if isinstance(content, str):
         return {"role": message["role"], "content": texts.mark(content, said)}
@@ -199,13 +194,14 @@ def _marked(message: object, place: int, texts: _Texts) -> dict:
     items = []
     for item in content:
         kind = item.get("type") if isinstance(item, Mapping) else None
-        if kind == "text" and isinstance(item.get("text"), str):
+        if kind == "text" and isinstance(item.get("text"), str) and len(item) == 2:
             items.append({"type": "text", "text": texts.mark(item["text"], said)})
         elif kind in ("video", "image"):
             items.append({"type": kind, kind: ""})
         else:
             raise ChatError(
-                f"message {place} holds the item {str(item)[:80]!r}, expected type text (with a text), video or image"
+                f"message {place} holds the item {str(item)[:80]!r}, expected type text (with a text alone), video "
+                "or image"
             )
     return {"role": message["role"], "content": items}
 
@@ -239,12 +235,22 @@ def load_chat(
     if not path.is_file():
         raise ChatError(f"{path}: no such file, expected a tokenizer.json")
     try:
-        tokenizer, plain = Tokenizer.from_file(str(path)), Tokenizer.from_file(str(path))
+        return parse_chat(path.read_text(encoding="utf-8"), template=template, system_prompt=system_prompt)
+    except (ChatError, UnicodeDecodeError) as error:
+        raise ChatError(f"{path}: {error}") from error
+
+
+def parse_chat(
+    tokenizer_json: str, *, template: str = QWEN_TEMPLATE, system_prompt: str | None = QWEN_SYSTEM_PROMPT
+) -> Chat:
+    """As `load_chat`, from the text of a tokenizer.json."""
+    try:
+        tokenizer, plain = Tokenizer.from_str(tokenizer_json), Tokenizer.from_str(tokenizer_json)
     except Exception as error:  # the library raises bare Exceptions
-        raise ChatError(f"{path}: {error}, expected a tokenizer.json") from error
+        raise ChatError(f"{error}, expected a tokenizer.json") from error
     plain.encode_special_tokens = True
     special_ids = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     missing = [token for token in SPECIAL_TOKENS if token not in special_ids]
     if missing:
-        raise ChatError(f"{path}: lacks the special token {missing[0]}, expected all of {', '.join(SPECIAL_TOKENS)}")
+        raise ChatError(f"lacks the special token {missing[0]}, expected all of {', '.join(SPECIAL_TOKENS)}")
     return Chat(tokenizer, plain, special_ids, template, system_prompt)

@@ -13,8 +13,10 @@ from videonsa_jax.configs import ModelConfig
 from videonsa_jax.data.chat import Chat
 from videonsa_jax.data.config import Ablation, DataConfig
 from videonsa_jax.data.frame_cache import FrameCache
+from videonsa_jax.data.frames import VideoError, frames_to_patches
+from videonsa_jax.data.media import lay_out_frames
 from videonsa_jax.data.sources import Context, Record
-from videonsa_jax.data.video import VideoError, decode_video, frames_to_patches
+from videonsa_jax.data.video import decode_video
 from videonsa_jax.streams import BATCH_AXIS_SECOND, ArrayLike, Batch, TrainBatch, Visual, register_pytree, split_streams
 
 type Arrays = dict[str, np.ndarray]
@@ -256,15 +258,9 @@ def clear_row(arrays: Mapping[str, np.ndarray], row: int) -> None:
 def fill_row(arrays: Mapping[str, np.ndarray], row: int, example: Example) -> None:
     """Writes an example into row `row` of arrays that `empty_arrays` made."""
     target = _row(arrays, row)
-    frames, patches = example.patches.shape[:2]
-    target["patches"][:frames, :patches] = example.patches
-    target["frame_grids"][:frames] = example.frame_grid
     count = example.visual_positions.shape[1]
-    if count:
-        # A merge group's patches are consecutive, so a frame of the batch holds P / group merged tokens.
-        group = frames * patches // count
-        place = np.arange(frames)[:, None] * (target["patches"].shape[1] // group) + np.arange(patches // group)
-        target["visual_source"][:count] = place.reshape(-1)
+    patches_per_token = example.patches.shape[0] * example.patches.shape[1] // count if count else 1
+    lay_out_frames([(example.patches, example.frame_grid)], patches_per_token, target)
     target["visual_positions"][:, :count] = example.visual_positions
     target["visual_lengths"][...] = count
     target["visible_text"][:count] = example.visible_text

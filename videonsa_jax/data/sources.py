@@ -19,7 +19,8 @@ import numpy as np
 from videonsa_jax.configs import ModelConfig
 from videonsa_jax.data.chat import Chat
 from videonsa_jax.data.config import DataConfig
-from videonsa_jax.data.video import VideoError, VideoInfo, probe_video, sample_times, smart_resize
+from videonsa_jax.data.media import Limits, video_grid
+from videonsa_jax.data.video import VideoError, VideoInfo, probe_video
 from videonsa_jax.streams import Visual
 
 logger = logging.getLogger("videonsa_jax.data")
@@ -327,10 +328,8 @@ def probe_videos(paths: Sequence[str]) -> list[VideoInfo | str]:
 
 
 def _visual(info: VideoInfo, config: DataConfig, model: ModelConfig) -> Visual:
-    side, depth = model.vision.pixels_per_token, model.vision.temporal_patch_size
-    height, width = smart_resize(info.height, info.width, side, config.min_pixels, config.max_pixels)
-    times, rate = sample_times(info.duration, config.fps, config.max_frames)
-    return Visual(grid=(-(-len(times) // depth), height // side, width // side), seconds_per_grid=depth / rate)
+    limits = Limits(config.min_pixels, config.max_pixels, config.fps, config.max_frames)
+    return video_grid(info, limits, model.vision)
 
 
 def choose_buckets(

@@ -13,17 +13,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import merge_by_lse, nsa_attention, nsa_attention_sharded, prefix_attention
 from videonsa_jax.configs import NSAConfig, TextConfig
-from videonsa_jax.models import rope
+from videonsa_jax.models import released, rope
 from videonsa_jax.models.layers import fan_in_init, linear, residual_scale
 from videonsa_jax.streams import Batch
 
 type AttentionKind = Literal["nsa", "dense"]
 type Implementation = str | Mapping[str, str | None] | None
 type Tables = tuple[Float[Array, "*L half"], Float[Array, "*L half"]]
+# Keys and values; there are as many as tokens, or more where earlier ones are cached.
+type VisualKV = tuple[Float[Array, "B Sv N D"], Float[Array, "B Sv N D"]]
+type TextKV = tuple[Float[Array, "B Q St N D"], Float[Array, "B Q St N D"]]
 
 DATA_AXES = ("data", "fsdp")  # mesh axes over which contexts (B) are split
 CONTEXT_AXIS, TENSOR_AXIS = "context", "tensor"
@@ -36,14 +39,20 @@ class Visibility:
     Attributes:
       visual_tables: rotary (cos, sin) of the visual stream, each `[B, Lv, D/2]`.
       text_tables: rotary (cos, sin) of the text stream, each `[B, Q, Lt, D/2]`.
+      ids_differ: whether a visual token's three M-RoPE ids are not all equal (the dialect "released" asks).
+      visual_offset: place of the first visual query among the visual keys; more than 0 where earlier ones are cached.
+      text_offsets: likewise for each text row; None: 0.
     """
 
     visual_tables: tuple[Float[Array, "B Lv half"], Float[Array, "B Lv half"]]
     text_tables: tuple[Float[Array, "B Q Lt half"], Float[Array, "B Q Lt half"]]
+    ids_differ: Bool[Array, "B Lv"]
     visual_lengths: Int[Array, "B"]
     text_lengths: Int[Array, "B Q"]
     visible_visual: Int[Array, "B Q Lt"]
     visible_text: Int[Array, "B Lv"]
+    visual_offset: int | Int[Array, ""] = 0
+    text_offsets: Int[Array, "B Q"] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,11 +75,20 @@ def visibility(batch: Batch, config: TextConfig) -> Visibility:
     return Visibility(
         visual_tables=rope.mrope_tables(batch.visual_positions, config.mrope_section, config.rope_theta),
         text_tables=rope.mrope_tables(batch.text_positions, config.mrope_section, config.rope_theta),
+        ids_differ=jnp.any(batch.visual_positions != batch.visual_positions[:1], axis=0),
         visual_lengths=batch.visual_lengths,
         text_lengths=batch.text_lengths,
         visible_visual=batch.visible_visual,
         visible_text=batch.visible_text,
     )
+
+
+def _keys_up_to(queries: tuple[int, int, int], offsets: int | Int[Array, "..."] | None) -> Int[Array, "B Q L"]:
+    """How many keys of its own stream each query sees: those before it and its own."""
+    own = jnp.arange(1, queries[2] + 1, dtype=jnp.int32)
+    if offsets is not None:
+        own = own + jnp.asarray(offsets, jnp.int32)[..., None]
+    return jnp.broadcast_to(own, queries)
 
 
 def _mesh_axis(mesh: Mesh, name: str) -> str | None:
@@ -168,8 +186,8 @@ class Attention(nnx.Module):
     def attend_visual(
         self,
         x: Float[Array, "B Lv hidden"],
-        visual_kv: tuple[Float[Array, "B Lv N D"], Float[Array, "B Lv N D"]],
-        text_kv: tuple[Float[Array, "B Q Lt N D"], Float[Array, "B Q Lt N D"]],
+        visual_kv: VisualKV,
+        text_kv: TextKV,
         places: Visibility,
         options: AttentionOptions,
     ) -> Float[Array, "B Lv hidden"]:
@@ -185,6 +203,7 @@ class Attention(nnx.Module):
             "init_blocks": self.nsa.init_blocks,
             "local_blocks": self.nsa.local_blocks,
             "branches": self.nsa.branches,
+            "q_offset": places.visual_offset,
             "lengths": places.visual_lengths,
             "implementation": options.implementation,
         }
@@ -192,6 +211,7 @@ class Attention(nnx.Module):
         gates = self.gate_logits(x)
         if mesh is None or mesh.size == 1:
             return self.output(nsa_attention(query, *visual_kv, gates, **arguments))
+        del arguments["q_offset"]  # set by nsa_attention_sharded, whose queries are as many as its keys
         heads = nsa_attention_sharded(
             query,
             *visual_kv,
@@ -207,13 +227,13 @@ class Attention(nnx.Module):
     def _dense_visual(
         self,
         query: Float[Array, "B Lv N G D"],
-        visual_kv: tuple[Float[Array, "B Lv N D"], Float[Array, "B Lv N D"]],
-        text_kv: tuple[Float[Array, "B 1 Lt N D"], Float[Array, "B 1 Lt N D"]],
+        visual_kv: VisualKV,
+        text_kv: TextKV,
         places: Visibility,
         options: AttentionOptions,
     ) -> Float[Array, "B Lv N G D"]:
         query = query[:, None]
-        past = jnp.broadcast_to(jnp.arange(1, query.shape[2] + 1, dtype=jnp.int32), query.shape[:3])
+        past = _keys_up_to(query.shape[:3], places.visual_offset)
         visual = _prefix(query, *visual_kv, past, places.visual_lengths, options)
         text = _prefix(query, *text_kv, places.visible_text[:, None], places.text_lengths, options)
         return merge_by_lse(visual, text)[0][:, 0]
@@ -221,14 +241,41 @@ class Attention(nnx.Module):
     def attend_text(
         self,
         x: Float[Array, "B Q Lt hidden"],
-        visual_kv: tuple[Float[Array, "B Lv N D"], Float[Array, "B Lv N D"]],
-        text_kv: tuple[Float[Array, "B Q Lt N D"], Float[Array, "B Q Lt N D"]],
+        visual_kv: VisualKV,
+        text_kv: TextKV,
         places: Visibility,
         options: AttentionOptions,
     ) -> Float[Array, "B Q Lt hidden"]:
         """The text stream's attention: dense over the visual and own text keys before each token."""
         query = self.queries(x, places.text_tables)
-        past = jnp.broadcast_to(jnp.arange(1, query.shape[2] + 1, dtype=jnp.int32), query.shape[:3])
+        past = _keys_up_to(query.shape[:3], places.text_offsets)
         visual = _prefix(query, *visual_kv, places.visible_visual, places.visual_lengths, options)
         text = _prefix(query, *text_kv, past, places.text_lengths, options)
         return self.output(merge_by_lse(visual, text)[0])
+
+    def attend_released(
+        self,
+        normed: tuple[Float[Array, "B Lv hidden"], Float[Array, "B 1 Lt hidden"]],
+        visual_kv: VisualKV,
+        text_kv: TextKV,
+        places: Visibility,
+    ) -> tuple[Float[Array, "B Lv hidden"], Float[Array, "B 1 Lt hidden"]]:
+        """Both streams' attention in the dialect "released", which needs whole conversations in sequence order."""
+        in_sequence = released.sequence_places(
+            places.visible_text, places.visible_visual, places.visual_lengths, places.text_lengths
+        )
+        tables = (places.visual_tables, places.text_tables)
+        is_visual = (places.ids_differ, jnp.zeros(places.visible_visual.shape, bool))
+        merged = [
+            released.merge_streams(streams, in_sequence)
+            for streams in (
+                tuple(map(self.queries, normed, tables)),
+                *zip(visual_kv, text_kv, strict=True),
+                tuple(map(self.gate_logits, normed)),
+                is_visual,
+            )
+        ]
+        lengths = places.visual_lengths + places.text_lengths[:, 0]
+        heads = released.released_attention(*merged, lengths, self.nsa)
+        visual, text = released.split_streams(heads, in_sequence)
+        return self.output(visual), self.output(text)

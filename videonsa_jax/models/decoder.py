@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from videonsa_jax.configs import NSAConfig, TextConfig
-from videonsa_jax.models.attention import Attention, AttentionOptions, Visibility
+from videonsa_jax.models.attention import Attention, AttentionOptions, TextKV, Visibility, VisualKV
 from videonsa_jax.models.layers import GatedMLP, RMSNorm, scan_stack, stack
 
 type Hidden = tuple[Float[Array, "B Lv hidden"], Float[Array, "B Q Lt hidden"]]
@@ -53,14 +53,49 @@ class DecoderLayer(nnx.Module):
         Returns:
           The two streams after the layer.
         """
-        visual, text = hidden
-        attention = self.self_attn
-        visual_normed, text_normed = self.input_layernorm(visual), self.input_layernorm(text)
-        visual_kv = attention.keys_values(visual_normed, places.visual_tables)
-        text_kv = attention.keys_values(text_normed, places.text_tables)
-        text = self._add_mlp(text + attention.attend_text(text_normed, visual_kv, text_kv, places, options))
-        if update_visual:
-            visual = self._add_mlp(visual + attention.attend_visual(visual_normed, visual_kv, text_kv, places, options))
+        normed, visual_kv, text_kv = self.project(hidden, places)
+        return self.update(hidden, normed, visual_kv, text_kv, places, options, update_visual=update_visual)
+
+    def project(self, hidden: Hidden, places: Visibility) -> tuple[Hidden, VisualKV, TextKV]:
+        """The normed streams, and the keys and values of the visual and of the text tokens."""
+        visual, text = self.input_layernorm(hidden[0]), self.input_layernorm(hidden[1])
+        visual_kv = self.self_attn.keys_values(visual, places.visual_tables)
+        return (visual, text), visual_kv, self.self_attn.keys_values(text, places.text_tables)
+
+    def update(
+        self,
+        hidden: Hidden,
+        normed: Hidden,
+        visual_kv: VisualKV,
+        text_kv: TextKV,
+        places: Visibility,
+        options: AttentionOptions,
+        *,
+        update_visual: bool = True,
+    ) -> Hidden:
+        """The layer's attention to the given keys and values, which may hold cached ones, and its MLP.
+
+        Args:
+          hidden: the two streams.
+          normed: what `project` made of them.
+          visual_kv: keys and values of the visual stream.
+          text_kv: keys and values of the text stream.
+          places: see `Visibility`.
+          options: see `AttentionOptions`.
+          update_visual: as in `__call__`.
+
+        Returns:
+          The two streams after the layer.
+        """
+        (visual, text), attention = hidden, self.self_attn
+        if options.kind == "nsa" and attention.nsa.dialect == "released" and visual.shape[1]:
+            attended = attention.attend_released(normed, visual_kv, text_kv, places)
+            text = self._add_mlp(text + attended[1])
+            return (self._add_mlp(visual + attended[0]) if update_visual else visual), text
+        if text.shape[2]:
+            text = self._add_mlp(text + attention.attend_text(normed[1], visual_kv, text_kv, places, options))
+        if update_visual and visual.shape[1]:
+            visual = self._add_mlp(visual + attention.attend_visual(normed[0], visual_kv, text_kv, places, options))
         return visual, text
 
     def _add_mlp(self, x: Float[Array, "*L hidden"]) -> Float[Array, "*L hidden"]:

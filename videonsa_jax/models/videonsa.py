@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from videonsa_jax.configs import ModelConfig
 from videonsa_jax.models.attention import AttentionKind, AttentionOptions, Implementation, visibility
+from videonsa_jax.models.cache import KVCache, Piece, extend
 from videonsa_jax.models.decoder import Decoder
 from videonsa_jax.models.layers import RMSNorm, linear
 from videonsa_jax.models.vision import VisionTower
@@ -111,9 +112,10 @@ class VideoNSA(nnx.Module):
           Values at padded positions are finite and mean nothing.
 
         Raises:
-          ValueError: `attention` is unknown, is "nsa" on a model without gates, or is "dense" with Q > 1.
+          ValueError: `attention` is unknown, is "nsa" on a model without gates, or is "dense" (or the model's dialect
+            "released") with Q > 1.
         """
-        kind = self._attention_kind(attention, batch.text_tokens.shape[1])
+        kind = self.attention_kind(attention, batch.text_tokens.shape[1])
         batch = jax.tree.map(jnp.asarray, batch)
         options = AttentionOptions(kind, implementation, mesh)
         # The default gather clamps: a padding id outside the vocabulary cannot become NaN.
@@ -122,6 +124,33 @@ class VideoNSA(nnx.Module):
         places = visibility(batch, self.config.text)
         visual, text = self.decoder(hidden, places, options, update_visual=return_visual)
         return self.norm(text), self.norm(visual) if return_visual else None
+
+    def extend(
+        self,
+        visual: Float[Array, "B Lv hidden"],
+        piece: Piece,
+        cache: KVCache,
+        options: AttentionOptions,
+        *,
+        is_whole: bool = False,
+    ) -> tuple[Float[Array, "B Q Lt hidden"], KVCache]:
+        """Runs the next piece of the two streams on a cache; the pieces together give what one forward pass gives.
+
+        Args:
+          visual: the vision tower's tokens of the piece.
+          piece: see `cache.Piece`.
+          cache: of the pieces before.
+          options: see `AttentionOptions`.
+          is_whole: as in `cache.extend`.
+
+        Returns:
+          Final-normed hidden states of the piece's text tokens, for `logits`, and the cache with the piece.
+        """
+        text = self.embed_tokens.embedding[...][piece.text_tokens].astype(self.dtype)
+        places = jax.tree.map(jnp.asarray, piece).places(self.config.text)
+        hidden = (visual.astype(self.dtype), text)
+        hidden, cache = extend(self.decoder, hidden, cache, places, options, is_whole=is_whole)
+        return self.norm(hidden), cache
 
     def embed_visual(self, batch: Batch) -> Float[Array, "B Lv hidden"]:
         """Encodes all frames and lines their merged tokens up as the visual stream."""
@@ -142,7 +171,12 @@ class VideoNSA(nnx.Module):
         weights = self.lm_head.kernel[...].astype(self.dtype)
         return jnp.einsum("...h,hv->...v", hidden, weights, preferred_element_type=jnp.float32)
 
-    def _attention_kind(self, attention: str | None, rows: int) -> AttentionKind:
+    def attention_kind(self, attention: str | None, rows: int) -> AttentionKind:
+        """What `attention=None` means for this model.
+
+        Raises:
+          ValueError: as `text_hidden`.
+        """
         if attention is None:
             attention = "dense" if self.config.nsa is None else "nsa"
         if attention not in ("nsa", "dense"):
@@ -151,6 +185,7 @@ class VideoNSA(nnx.Module):
             raise ValueError(
                 'VideoNSA: attention is "nsa", but config.nsa is None: this model has no gates, use "dense"'
             )
-        if attention == "dense" and rows > 1:
-            raise ValueError(f"VideoNSA: dense attention supports Q = 1 text row a context only, got Q = {rows}")
+        sees_text = "dense attention" if attention == "dense" else 'the dialect "released"'
+        if rows > 1 and (attention == "dense" or self.config.nsa.dialect == "released"):
+            raise ValueError(f"VideoNSA: {sees_text} supports Q = 1 text row a context only, got Q = {rows}")
         return attention
