@@ -24,12 +24,10 @@ from experiments.overrides import apply_overrides
 from videonsa_jax.analysis.selection import union_sizes, visual_attention
 from videonsa_jax.data.pipeline import build_pipeline
 from videonsa_jax.data.sources import DataError
-from videonsa_jax.training import checkpoints
 from videonsa_jax.training.config import Experiment
 from videonsa_jax.training.errors import UsageError, usage_errors
-from videonsa_jax.training.optimizer import make_optimizer
+from videonsa_jax.training.pretrained import trained_model
 from videonsa_jax.training.report import environment
-from videonsa_jax.training.step import init_state, make_model
 
 NEIGHBOURS = (8, 16, 32, 64)
 
@@ -47,19 +45,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _params(experiment: Experiment, workdir: Path) -> dict:
-    optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
-    shapes = jax.eval_shape(lambda: init_state(experiment.model, experiment.train, 0, optimizer))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with checkpoints.open_checkpoints(workdir, experiment.train.keep) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise UsageError(f"{workdir}: holds no checkpoint, expected the folder of a run of experiments.train")
-        checkpoints.check_same_config(manager, step, experiment)
-        state, _ = checkpoints.restore(manager, step, shapes, jax.tree.map(lambda _: here, shapes))
-    return state.params
-
-
 def _mean(sizes: Sequence[float]) -> float | None:
     """None where no clip is long enough; JSON knows no NaN."""
     known = [size for size in sizes if not math.isnan(size)]
@@ -68,8 +53,7 @@ def _mean(sizes: Sequence[float]) -> float | None:
 
 def measure(experiment: Experiment, workdir: Path, clips: int) -> dict:
     """Writes the two files and returns what `selection.json` holds."""
-    model = make_model(experiment.model, experiment.train, 0)
-    nnx.update(model, nnx.State(_params(experiment, workdir)))
+    model = trained_model(experiment, workdir)
     pipeline = build_pipeline(experiment.data, experiment.model, split="heldout", seed=0)
     sizes: list[list[dict[int, float]]] = []
     iterator = pipeline.iterator()

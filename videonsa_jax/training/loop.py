@@ -35,6 +35,7 @@ from videonsa_jax.training.metrics import (
 )
 from videonsa_jax.training.optimizer import learning_rate, make_optimizer
 from videonsa_jax.training.preemption import stop_requests
+from videonsa_jax.training.pretrained import pretrained_params
 from videonsa_jax.training.report import REPORT_FILE, accuracies, environment, write_report
 from videonsa_jax.training.step import (
     Rows,
@@ -44,6 +45,7 @@ from videonsa_jax.training.step import (
     choose_options,
     init_state,
     make_forward,
+    start_state,
 )
 
 EXIT_DONE = 0
@@ -136,10 +138,8 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
     with stop_requests(preempt_exit_code) as stop, contextlib.ExitStack() as resources:
         # 1. Checks, and what an earlier start left. Nothing slow comes before them.
         with usage_errors():
-            if experiment.pretrained:
-                raise NotImplementedError(
-                    f"pretrained is {experiment.pretrained!r}, but loading pretrained weights is not implemented yet"
-                )
+            if experiment.pretrained and not Path(experiment.pretrained).is_dir():
+                raise ValueError(f"pretrained is {experiment.pretrained!r}, expected a local Hugging Face folder")
             mesh = make_mesh(experiment.mesh)
             check_batch_size(experiment.data.contexts_per_batch, mesh)
             workdir.mkdir(parents=True, exist_ok=True)
@@ -193,7 +193,13 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
             jax.eval_shape(forward, shapes.params, example.inputs)
         if saved_step is None:
             start = time.perf_counter()
-            state = jax.jit(init, out_shardings=shardings)()
+            if experiment.pretrained:
+                with usage_errors():
+                    params = pretrained_params(experiment, shardings.params)
+                begin = functools.partial(start_state, optimizer)
+                state = jax.jit(begin, out_shardings=shardings, donate_argnums=0)(params)
+            else:
+                state = jax.jit(init, out_shardings=shardings)()
             spent["compile_seconds"] += time.perf_counter() - start
         else:
             state, saved = checkpoints.restore(manager, saved_step, shapes, shardings)

@@ -88,7 +88,11 @@ def init_state(
     model: ModelConfig, train: TrainConfig, seed: int, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """The state before the first step; run it under `jax.jit` with the state's shardings."""
-    params = nnx.to_pure_dict(nnx.state(make_model(model, train, seed), nnx.Param))
+    return start_state(optimizer, nnx.to_pure_dict(nnx.state(make_model(model, train, seed), nnx.Param)))
+
+
+def start_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
+    """The state before the first step that starts from `params`."""
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
 
