@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FORBIDDEN = {
     "pallas_kernels": ("videonsa_jax", "experiments", "flax", "optax", "torch", "transformers"),
     "videonsa_jax": ("experiments", "torch", "transformers"),
-    "videonsa_jax/models": ("videonsa_jax.data", "videonsa_jax.training"),
+    "videonsa_jax/models": ("videonsa_jax.checkpoints", "videonsa_jax.data", "videonsa_jax.training"),
     "videonsa_jax/data": ("videonsa_jax.models", "videonsa_jax.training", "pallas_kernels", "flax", "optax"),
     "experiments": ("torch", "transformers"),
 }

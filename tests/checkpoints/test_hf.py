@@ -143,6 +143,13 @@ def test_float32_weights_load_as_bfloat16_and_back(folder, model):
     np.testing.assert_array_equal(kernel, expected)
 
 
+def test_float16_weights_load(folder):
+    tensors = tensors_of(folder)
+    norm = tensors["model.norm.weight"].astype(np.float16)
+    rewrite(folder, tensors | {"model.norm.weight": norm})
+    np.testing.assert_array_equal(load_model(folder, "float32").norm.scale[...], norm.astype(np.float32))
+
+
 def test_a_mesh_gets_its_slices(tmp_path):
     """In a process of its own, which has four devices."""
     command = [sys.executable, str(Path(__file__).with_name("sharded_load.py")), str(tmp_path)]
