@@ -14,7 +14,7 @@ def nsa_video() -> Experiment:
 
     Command: python -m experiments.train --config=nsa_video  (`make train`)
     Hardware: a CPU is enough; whatever accelerator jax finds is used.
-    Time and expected accuracy: see README.
+    Time and result on two cores: 9 minutes in the loop, about 0.55 of the held-out questions right (chance 0.25).
     """
     return Experiment(
         model=tiny(),
@@ -40,7 +40,7 @@ def dense_video() -> Experiment:
 
     Command: python -m experiments.train --config=dense_video
     Hardware: a CPU is enough.
-    Not run to the end yet, so no time or accuracy is known.
+    Time and result on two cores: 6 minutes in the loop, about 0.3 right, as `nsa_video` with one question a video.
     """
     base = nsa_video()
     return dataclasses.replace(
@@ -79,9 +79,9 @@ def _small_model() -> ModelConfig:
 def nsa_video_small() -> Experiment:
     """30 M parameters in the 7B model's attention geometry, on 64 and 96 second clips (2 and 3 K visual tokens).
 
-    Command: python -m experiments.train --config=nsa_video_small
+    Command: python -m experiments.train --config=nsa_video_small --set data.workers=12
     Hardware: one GPU or TPU chip; bfloat16 activations.
-    Not run to the end yet, so no time or accuracy is known.
+    Not run to the end yet; 0.66 right after 6,000 steps, 6.5 minutes in the loop of an H200 (README).
     """
     return Experiment(
         model=_small_model(),
@@ -111,9 +111,9 @@ def nsa_video_small() -> Experiment:
 def dense_video_small() -> Experiment:
     """`nsa_video_small` with dense attention: the same weights, a video's questions as turns of one conversation.
 
-    Command: python -m experiments.train --config=dense_video_small
+    Command: python -m experiments.train --config=dense_video_small --set data.workers=12
     Hardware: one GPU or TPU chip.
-    Not run to the end yet, so no time or accuracy is known.
+    Not run to the end yet; 0.35 right after 6,000 steps, 6.5 minutes in the loop of an H200 (README).
     """
     base = nsa_video_small()
     return dataclasses.replace(
@@ -129,7 +129,7 @@ def text_only_small() -> Experiment:
 
     Command: python -m experiments.train --config=text_only_small
     Hardware: one GPU or TPU chip.
-    Not run yet; chance is expected, if the clips leak nothing through their questions.
+    Result: chance (0.250) after 1,500 steps, 2 minutes of an H200.
     """
     base = nsa_video_small()
     return dataclasses.replace(base, data=dataclasses.replace(base.data, ablation="text_only"))
