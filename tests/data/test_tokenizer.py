@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from videonsa_jax.data.config import ClipsConfig
-from videonsa_jax.data.questions import corpus, draw_clips
+from videonsa_jax.data.questions import DESCRIBE, corpus, draw_clips
 from videonsa_jax.data.tokenizer import MAX_VOCABULARY, SPECIAL_TOKENS, train_tokenizer
 
 PREFIX = "<|im_start|>assistant\n"
@@ -42,12 +42,19 @@ def test_every_option_is_one_token_of_its_own(tokenizer):
 
 
 def test_the_corpus_is_what_the_clips_ask():
-    options: dict[str, set[str]] = {}
-    for text, _, *words in (entry.split("\n") for entry in corpus()):
-        options[text] = set(words)
+    entries = [entry.split("\n") for entry in corpus()]
+    options = {text: set(words) for text, second, *words in (e for e in entries if len(e) > 1) if second == "Options:"}
     asked = [question for clip in draw_clips(ClipsConfig(heldout_clips=200), "heldout") for question in clip.questions]
     assert {question.text for question in asked} == set(options)
     assert all(set(question.options) <= options[question.text] for question in asked)
+
+
+def test_a_word_of_a_description_is_one_token(tokenizer):
+    for clip in draw_clips(ClipsConfig(train_clips=60), "train"):
+        words = clip.description.replace("\n", " ").split(" ")
+        newlines = clip.description.count("\n")
+        assert len(tokenizer.encode(clip.description).ids) == len(words) + newlines
+    assert len(tokenizer.encode(DESCRIBE).ids) == 4
 
 
 @pytest.mark.parametrize("text", ["Naïve café 12:30 你好 🙂", "a  b\n\n c\t", "<|im_start|>user\nHi<|im_end|>"])
