@@ -17,9 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 import videonsa_jax as vn
-from experiments import configs
-from experiments.overrides import apply_overrides
-from videonsa_jax.data.pipeline import build_pipeline
+from experiments.runs import add_run, named_run
+from videonsa_jax.data.pipeline import open_chat
 from videonsa_jax.processor import Processor, load_processor, make_processor
 from videonsa_jax.training.config import Experiment
 from videonsa_jax.training.errors import UsageError, usage_errors
@@ -30,9 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, metavar="NAME", help="a registered name")
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="as the run was given")
-    parser.add_argument("--workdir", type=Path, metavar="DIR", help="folder of the run; default runs/NAME")
+    add_run(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the model")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32", help="of the written weights")
     return parser
@@ -41,8 +38,7 @@ def _parser() -> argparse.ArgumentParser:
 def _processor(experiment: Experiment) -> Processor:
     if experiment.pretrained:
         return load_processor(experiment.pretrained, experiment.model)
-    chat = build_pipeline(experiment.data, experiment.model, split="train", seed=0).chat
-    return make_processor(chat.tokenizer, experiment.model)
+    return make_processor(open_chat(experiment.data).tokenizer, experiment.model)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         with usage_errors():
-            experiment = apply_overrides(configs.get(options.config), options.set)
-            model = trained_model(experiment, options.workdir or Path("runs") / options.config)
+            experiment, workdir = named_run(options)
+            model = trained_model(experiment, workdir)
             cast = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(options.dtype)), nnx.state(model, nnx.Param))
             nnx.update(model, cast)
             vn.save_pretrained(model, _processor(experiment), options.out)

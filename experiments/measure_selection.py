@@ -19,8 +19,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments import configs
-from experiments.overrides import apply_overrides
+from experiments.runs import add_run, named_run
 from videonsa_jax.analysis.selection import union_sizes, visual_attention
 from videonsa_jax.data.pipeline import build_pipeline
 from videonsa_jax.data.sources import DataError
@@ -38,9 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="NAME", help="a registered name")
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="as the run was given")
-    parser.add_argument("--workdir", type=Path, metavar="DIR", help="folder of the run; default runs/NAME")
+    add_run(parser)
     parser.add_argument("--clips", type=int, default=16, metavar="N", help="held-out clips to run; default 16")
     return parser
 
@@ -97,10 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         with usage_errors():
-            experiment = apply_overrides(configs.get(options.config), options.set)
+            experiment, workdir = named_run(options)
             if experiment.model.nsa is None or experiment.train.attention != "nsa":
                 raise ValueError(f"config {options.config} trains no sparse attention, expected one that does")
-            result = measure(experiment, options.workdir or Path("runs") / options.config, options.clips)
+            result = measure(experiment, workdir, options.clips)
     except (UsageError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

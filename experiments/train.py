@@ -76,7 +76,7 @@ def _choose_gpu_products() -> None:
     """Sends XLA's matrix products to cuBLAS, untimed, where XLA_FLAGS do not say otherwise.
 
     On an H100 XLA's default, timing Triton kernels for every product while compiling, takes minutes for a 30 M model;
-    its untimed Triton tiles are 5 times slower than cuBLAS over the whole step (docs/attention.md).
+    its untimed Triton tiles are several times slower than cuBLAS over the whole step (docs/kernels.md).
     """
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         return

@@ -22,7 +22,7 @@ _RECOUNT_EVERY = 64
 
 @dataclass
 class FrameCache:
-    """A folder of frames. Picklable: loader workers get a copy each.
+    """A folder of frames, which several processes may fill at once.
 
     Attributes:
       folder: where they are; made when first written to.

@@ -311,6 +311,11 @@ def _files(config: DataConfig, split: Split) -> tuple[Path, str, Path]:
     return (clips.train_json if split == "train" else clips.heldout_json), str(clips.root), tokenizer
 
 
+def open_chat(config: DataConfig, split: Split = "train") -> Chat:
+    """The tokenizer and template that a split's text goes through; ChatError where the tokenizer cannot be read."""
+    return load_chat(_files(config, split)[2], system_prompt=config.system_prompt)
+
+
 def _check(config: DataConfig, process_index: int, process_count: int) -> None:
     def require(holds: bool, name: str, expected: str) -> None:
         if not holds:

@@ -7,12 +7,12 @@ from typing import Any
 import jax
 from flax import nnx
 
+from videonsa_jax.checkpoints import hf_config
 from videonsa_jax.checkpoints.hf import load_model
 from videonsa_jax.configs import ModelConfig
 from videonsa_jax.models import VideoNSA
 from videonsa_jax.training import checkpoints
 from videonsa_jax.training.config import Experiment
-from videonsa_jax.training.mesh import make_mesh
 from videonsa_jax.training.optimizer import make_optimizer
 from videonsa_jax.training.step import Params, init_state, make_model
 
@@ -38,15 +38,16 @@ def pretrained_params(experiment: Experiment, shardings: Any) -> Params:
 
     Args:
       experiment: its `pretrained` is a local Hugging Face folder, its `model` what that folder must hold.
-      shardings: of the parameters.
+      shardings: of the parameters, on the run's mesh.
 
     Raises:
       CheckpointError: the folder cannot be read.
       ValueError: it holds another model than the experiment's.
     """
-    mesh = make_mesh(experiment.mesh)
-    model = load_model(experiment.pretrained, dtype="float32", nsa=experiment.model.nsa, mesh=mesh)
-    _check_same_model(experiment.pretrained, model.config, experiment.model)
+    folder, nsa = Path(experiment.pretrained), experiment.model.nsa
+    found, _ = hf_config.choose_nsa(folder, hf_config.read_config(folder), True, nsa)
+    _check_same_model(experiment.pretrained, found, experiment.model)
+    model = load_model(folder, dtype="float32", nsa=nsa, mesh=jax.tree.leaves(shardings)[0].mesh)
     return jax.device_put(nnx.to_pure_dict(nnx.state(model, nnx.Param)), shardings)
 
 
