@@ -1,0 +1,80 @@
+"""Tile configurations of the Hopper kernels of selected attention."""
+
+import dataclasses
+
+ROWS = 8
+"""Rows of a token in a tile: its query heads, then zero rows."""
+
+TOKENS = 8
+"""Tokens of one warpgroup; with 8 rows each they are one 64-row matrix product."""
+
+CONSUMERS = 2
+"""Warpgroups that compute; a third one fetches."""
+
+SHARED_MEMORY = 227 * 1024
+"""Bytes of shared memory that one thread block may use on Hopper."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    """The two kernels that walk over the blocks of a tile of queries (forward and dq).
+
+    Attributes:
+      stages: blocks of K and V in flight.
+      cluster: thread blocks of 16 tokens that fetch each block once, together; 1 or 2.
+    """
+
+    stages: int
+    cluster: int = 1
+
+    def __post_init__(self):
+        if self.stages < 2 or self.cluster not in (1, 2):
+            raise ValueError(f"{self} is no tile configuration, expected stages of at least 2 and cluster 1 or 2")
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """The kernel that walks over the queries of a block (dk and dv).
+
+    Attributes:
+      stages: groups of 8 tokens in flight.
+      part: the most tokens that one thread block walks over; longer lists are split and summed in float32.
+    """
+
+    stages: int
+    part: int
+
+    def __post_init__(self):
+        if self.stages < 2 or self.part < 1 or self.part % TOKENS:
+            raise ValueError(f"{self} is no block configuration, expected stages of at least 2, part a multiple of 8")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How selected attention runs: one configuration per kernel."""
+
+    forward: TileConfig
+    dq: TileConfig
+    dkdv: BlockConfig
+
+
+def heuristic(queries: int, rows: int, head_dim: int) -> Config:
+    """A configuration for T queries of B x N rows: the most stages that shared memory holds.
+
+    Args:
+      queries: T.
+      rows: B x N.
+      head_dim: D.
+
+    Returns:
+      The configuration; lists are split where few rows would leave one thread block with a sink's whole list.
+    """
+    wide = head_dim > 64
+    # 132 multiprocessors share rows x T x n / 8 steps: with 4 rows a sink's T / 8 steps are still under half of that.
+    pieces = max(1, min(16, 16 // max(rows, 1)))
+    part = max(1024, -(-queries // (pieces * TOKENS)) * TOKENS)
+    return Config(
+        forward=TileConfig(stages=5 if wide else 8),
+        dq=TileConfig(stages=4 if wide else 8),
+        dkdv=BlockConfig(stages=4 if wide else 6, part=part),
+    )

@@ -1,0 +1,219 @@
+"""Work lists of the Hopper kernels, built by XLA: blocks per tile of queries, queries per block.
+
+A query sees a chosen block when the block starts at or before it and the query lies below its row's length; the lists
+hold nothing else, so a kernel never meets a key past `lengths`.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Int
+
+from pallas_kernels.common import Scalar, block_total, query_indices
+
+TILE = 16
+"""Tokens of one thread block: two warpgroups of 8 tokens x 8 rows; an entry's low 16 bits mask them."""
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["entries", "tiles"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class TileLists:
+    """The blocks that each tile of queries reads.
+
+    Attributes:
+      entries: [R, C, P, W] int32, R = B x N rows of C tiles; entry e of a tile stands at [e // W, e % W] and is
+        (block << 16) | (mask of the tile's tokens that chose it), blocks ascending.
+      tiles: [R, C, 4] int32: number of entries; how many of them every token of the cluster sees whole; absolute index
+        of the tile's first token; last token of the row that is below its length (0 where there is none).
+    """
+
+    entries: Int[jax.Array, "R C P W"]
+    tiles: Int[jax.Array, "R C 4"]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens", "items", "places"], meta_fields=["parts"])
+@dataclasses.dataclass(frozen=True)
+class BlockLists:
+    """The queries that read each block, cut into parts.
+
+    Attributes:
+      tokens: [P] int32, every (row, block)'s tokens in ascending order, rows and blocks ascending.
+      items: [I, 6] int32, one part each: row, block, first place in `tokens`, end, end of the tokens that see the
+        block in part, and the slot of its partial sum (-1: the part is the whole list).
+      places: [R, M, 2] int32: first slot of each block and its number of slots (0: written directly).
+      parts: the most slots that a block can have.
+    """
+
+    tokens: Int[jax.Array, "P"]
+    items: Int[jax.Array, "I 6"]
+    places: Int[jax.Array, "R M 2"]
+    parts: int
+
+
+def visible_choice(
+    block_indices: Int[jax.Array, "B T N n"], length: Int[jax.Array, "B"], q_offset: Scalar, keys: int, block_size: int
+) -> Int[jax.Array, "B N T n"]:
+    """The chosen blocks in which a query sees a key, -1 for the others."""
+    t = query_indices(block_indices.shape[1], q_offset)
+    chosen = jnp.swapaxes(block_indices, 1, 2).astype(jnp.int32)
+    seen: Bool[jax.Array, "B N T n"] = (
+        (chosen >= 0)
+        & (chosen < block_total(keys, block_size))
+        & (chosen * block_size <= t[:, None])
+        & (t < length[:, None])[:, None, :, None]
+    )
+    return jnp.where(seen, chosen, -1)
+
+
+def tile_lists(
+    chosen: Int[jax.Array, "B N T n"],
+    length: Int[jax.Array, "B"],
+    q_offset: Scalar,
+    keys: int,
+    block_size: int,
+    cluster: int,
+) -> TileLists:
+    """Lists the union of the blocks of each cluster of tiles, with each tile's own masks.
+
+    Args:
+      chosen: from `visible_choice`.
+      length: valid keys of each batch row.
+      q_offset: absolute index of the first query.
+      keys: S.
+      block_size: keys per block.
+      cluster: neighbouring tiles that read the same blocks in step.
+
+    Returns:
+      The lists; memory grows with T x S / (16 x block_size).
+    """
+    batch, heads, queries, places = chosen.shape
+    blocks = block_total(keys, block_size)
+    tiles = -(-queries // (TILE * cluster)) * cluster
+    rows = batch * heads
+    chosen = jnp.pad(chosen, [(0, 0), (0, 0), (0, tiles * TILE - queries), (0, 0)], constant_values=-1)
+    chosen = chosen.reshape(rows, tiles * TILE * places)
+    token = jnp.arange(tiles * TILE, dtype=jnp.int32).repeat(places)
+    # Each (token, block) occurs once, so that the sum is the union of the bits.
+    table = jnp.zeros((rows, tiles, blocks), jnp.int32)
+    table = table.at[
+        jnp.arange(rows)[:, None], token // TILE, jnp.where(chosen < 0, blocks, chosen)
+    ].add(1 << (token % TILE), mode="drop")
+
+    by_cluster = table.reshape(rows, tiles // cluster, cluster, blocks)
+    listed = jnp.broadcast_to((by_cluster != 0).any(axis=2, keepdims=True), by_cluster.shape)
+    listed = listed.reshape(table.shape)
+    ends = jnp.cumsum(listed, axis=2, dtype=jnp.int32)
+    capacity = min(TILE * cluster * places, blocks)
+    width = min(256, -(-capacity // 32) * 32)
+    capacity = -(-capacity // width) * width
+    block = jnp.arange(blocks, dtype=jnp.int32)
+    entries = jnp.zeros((rows, tiles, capacity), jnp.int32)
+    entries = entries.at[
+        jnp.arange(rows)[:, None, None],
+        jnp.arange(tiles)[:, None],
+        jnp.where(listed, ends - 1, capacity),
+    ].set((block << 16) | table, mode="drop", unique_indices=True)
+
+    first = query_indices(tiles * TILE, q_offset).reshape(tiles // cluster, cluster, TILE)
+    whole = listed & (block < ((first[:, :1, 0] + 1) // block_size).repeat(cluster, axis=1).reshape(-1, 1))
+    last = jnp.clip(length - jnp.asarray(q_offset, jnp.int32), 1, max(queries, 1)) - 1
+    shape = (rows, tiles)
+    about = jnp.stack(
+        [
+            ends[:, :, -1],
+            whole.sum(axis=2, dtype=jnp.int32),
+            jnp.broadcast_to(first[..., 0].reshape(-1), shape),
+            jnp.broadcast_to(last.repeat(heads)[:, None], shape),
+        ],
+        axis=-1,
+    )
+    return TileLists(entries.reshape(rows, tiles, capacity // width, width), about)
+
+
+def block_lists(
+    chosen: Int[jax.Array, "B N T n"], q_offset: Scalar, keys: int, block_size: int, part: int
+) -> BlockLists:
+    """Lists the queries of each block and cuts lists longer than `part` into parts.
+
+    Args:
+      chosen: from `visible_choice`.
+      q_offset: absolute index of the first query.
+      keys: S.
+      block_size: keys per block.
+      part: the most tokens of one part.
+
+    Returns:
+      The lists. Parts are numbered so that blocks ascend within a row: under causal attention the longest come first.
+    """
+    batch, heads, queries, places = chosen.shape
+    rows, blocks = batch * heads, block_total(keys, block_size)
+    tokens, starts = _sorted_tokens(chosen.reshape(rows, queries, places), blocks)
+    starts = starts.reshape(rows, blocks + 1)
+    begin, sizes = starts[:, :-1], jnp.diff(starts, axis=1)
+    # The tokens of a block's own range come first in its list, and only they see it in part.
+    first_whole = jnp.arange(blocks, dtype=jnp.int32) * block_size + block_size - 1 - jnp.asarray(q_offset, jnp.int32)
+    partial = _count_before(tokens, begin, sizes, first_whole, block_size)
+
+    parts = max(1, -(-queries // part))
+    pieces = jnp.maximum(-(-sizes // part), 1)
+    slots = jnp.where(pieces > 1, pieces, 0)
+    ends = jnp.cumsum(slots.reshape(-1)).reshape(slots.shape)
+    first_slot = ends - slots
+    split = min(rows * blocks * parts, 2 * (rows * queries * places) // part) if parts > 1 else 0
+
+    last = jnp.cumsum(pieces.reshape(-1))
+    item = jnp.arange(rows * blocks + split, dtype=jnp.int32)
+    owner = jnp.searchsorted(last, item, side="right").astype(jnp.int32)
+    inside = owner < rows * blocks
+    owner = jnp.minimum(owner, rows * blocks - 1)
+    piece = item - (last - pieces.reshape(-1))[owner]
+    take = lambda x: x.reshape(-1)[owner]
+    start = take(begin) + piece * part
+    items = jnp.stack(
+        [
+            jnp.where(inside, owner // blocks, -1),
+            owner % blocks,
+            start,
+            jnp.minimum(start + part, take(begin) + take(sizes)),
+            take(begin) + take(partial),
+            jnp.where(take(slots) > 0, take(first_slot) + piece, -1),
+        ],
+        axis=-1,
+    )
+    return BlockLists(tokens, items, jnp.stack([first_slot, slots], axis=-1), parts)
+
+
+def _sorted_tokens(chosen: Int[jax.Array, "R T n"], blocks: int) -> tuple[jax.Array, jax.Array]:
+    """Tokens sorted by (row, block), and where each block's begin: [P] and [R, M + 1]."""
+    rows, queries, places = chosen.shape
+    token = jnp.arange(queries, dtype=jnp.uint32)[:, None]
+
+    def by_block(group: jax.Array) -> tuple[jax.Array, jax.Array]:
+        count = group.shape[0]
+        row = jnp.arange(count, dtype=jnp.uint32)[:, None, None]
+        packed = (row * blocks + group.astype(jnp.uint32)) * queries + token
+        packed = jnp.sort(jnp.where(group < 0, jnp.uint32(2**32 - 1), packed).reshape(-1))
+        bounds = jnp.arange(count * blocks + 1, dtype=jnp.uint32) * queries
+        starts = jnp.searchsorted(packed, bounds).astype(jnp.int32)
+        starts = jnp.concatenate([starts[:-1].reshape(count, blocks), starts[blocks::blocks, None]], axis=1)
+        return (packed % queries).astype(jnp.int32), starts
+
+    # One sort of 32-bit keys over all rows where they fit, else one per row.
+    if rows * blocks * queries < 2**32 - 1:
+        return by_block(chosen)
+    tokens, starts = jax.lax.map(by_block, chosen[:, None])
+    size = math.prod(chosen.shape[1:])
+    return tokens.reshape(-1), starts[:, 0] + jnp.arange(rows, dtype=jnp.int32)[:, None] * size
+
+
+def _count_before(
+    tokens: jax.Array, begin: jax.Array, sizes: jax.Array, first_whole: jax.Array, most: int
+) -> jax.Array:
+    """How many tokens of each list lie below `first_whole` [M]; at most `most` do."""
+    step = jnp.arange(most, dtype=jnp.int32)
+    index = jnp.minimum(begin[..., None] + step, tokens.shape[0] - 1)
+    below = (step < sizes[..., None]) & (tokens[index] < first_whole[:, None])
+    return below.sum(axis=-1, dtype=jnp.int32)

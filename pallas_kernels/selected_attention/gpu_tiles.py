@@ -1,0 +1,167 @@
+"""What the kernels over tiles of queries share: fetching, masks, stores, launch."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.selected_attention.gpu_config import CONSUMERS, ROWS, TOKENS, TileConfig
+from pallas_kernels.selected_attention.gpu_lists import TILE
+
+BLOCK = 64
+"""Keys per block that the kernels cover."""
+
+ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
+"""One value per row of a 64-row tile in registers."""
+
+Ref = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A thread block's place in the lists.
+
+    Attributes:
+      row: of B x N.
+      index: of the tile within its row.
+    """
+
+    row: jax.Array
+    index: jax.Array
+
+    def about(self, tiles_ref: Ref) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """The four numbers of `gpu_lists.TileLists.tiles`."""
+        return tuple(tiles_ref[self.row, self.index, i] for i in range(4))
+
+
+def this_tile(config: TileConfig) -> Tile:
+    """The tile of the calling thread block."""
+    index = lax.axis_index("tile")
+    if config.cluster > 1:
+        index = index * config.cluster + lax.axis_index("pair")
+    return Tile(lax.axis_index("row"), index)
+
+
+def launch(config: TileConfig, rows: int, tiles: int) -> dict[str, Any]:
+    """Grid and compiler options: rows slowest, so that one KV head's keys stay in the L2 cache."""
+    options = {
+        "grid": (rows, tiles // config.cluster),
+        "grid_names": ("row", "tile"),
+        "num_threads": CONSUMERS + 1,
+        "thread_name": "warpgroup",
+        "compiler_params": plgpu.CompilerParams(approx_math=True),
+    }
+    if config.cluster > 1:
+        options |= {"cluster": (config.cluster,), "cluster_names": ("pair",)}
+    return options
+
+
+def tile_memory(shape: tuple[int, ...], dtype: Any) -> plgpu.SMEM:
+    """Shared memory that the matrix units read: 128-byte swizzle over tiles of 8 rows."""
+    columns = 128 // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(
+        shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))
+    )
+
+
+def consumed_barrier(config: TileConfig) -> Any:
+    """One arrival per consumer of every thread block that fetches together, for each stage."""
+    if config.cluster == 1:
+        return plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=config.stages)
+    return plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=CONSUMERS, num_barriers=config.stages)
+
+
+def fetch_tokens(
+    source: Ref, target: Ref, ready: Ref, batch: jax.Array, head: jax.Array, first: jax.Array, last: jax.Array
+) -> None:
+    """Starts copies of 8 tokens from `first` on, none past `last`, as 8 x 8 rows of one KV head.
+
+    The group has at most 8 heads; the copy engine fills the rows past them with zeros. A token past `last`, which may
+    hold NaN, is replaced by it: no list lets it see a block.
+    """
+    for i in range(TOKENS):
+        plgpu.copy_gmem_to_smem(
+            source.at[batch, jnp.minimum(first + i, last), head, pl.ds(0, ROWS)],
+            target.at[pl.ds(i * ROWS, ROWS)],
+            ready,
+        )
+
+
+def store_tokens(
+    source: Ref, target: Ref, batch: jax.Array, head: jax.Array, first: jax.Array, queries: int
+) -> None:
+    """Starts copies of the tile's rows to their tokens; rows past the group and tokens past T are dropped."""
+    for i in range(TOKENS):
+
+        @pl.when(first + i < queries)
+        def _(i=i):
+            plgpu.copy_smem_to_gmem(
+                source.at[pl.ds(i * ROWS, ROWS)], target.at[batch, first + i, head, pl.ds(0, ROWS)]
+            )
+
+
+def fetch_blocks(
+    config: TileConfig,
+    count: jax.Array,
+    entry: Any,
+    tensors: tuple[tuple[Ref, Ref], ...],
+    loaded: Ref,
+    consumed: Ref,
+    batch: jax.Array,
+    head: jax.Array,
+) -> None:
+    """Keeps the ring full: the blocks of the list, in order, of each (global, ring) pair of tensors."""
+    together = {"collective_axes": "pair"} if config.cluster > 1 else {}
+
+    @pl.loop(0, count)
+    def _(i):
+        slot = lax.rem(i, config.stages)
+        keys = pl.ds(pl.multiple_of((entry(i) >> 16) * BLOCK, BLOCK), BLOCK)
+
+        @pl.when(i >= config.stages)
+        def _():
+            plgpu.barrier_wait(consumed.at[slot])
+
+        for source, ring in tensors:
+            plgpu.copy_gmem_to_smem(source.at[batch, keys, head], ring.at[slot], loaded.at[slot], **together)
+
+    # A thread block must outlive the arrivals that its neighbour sends it.
+    @pl.loop(jnp.maximum(count - config.stages, 0), count)
+    def _(i):
+        plgpu.barrier_wait(consumed.at[lax.rem(i, config.stages)])
+
+
+def chosen_by(entry: jax.Array, warpgroup: jax.Array) -> jax.Array:
+    """Whether any of the warpgroup's tokens chose the entry's block."""
+    return ((entry >> (warpgroup * TOKENS)) & (2**TOKENS - 1)) != 0
+
+
+def chosen_rows(entry: jax.Array, warpgroup: jax.Array) -> jax.Array:
+    """Rows [64] whose token chose the entry's block."""
+    token = plgpu.broadcasted_iota(jnp.int32, (TOKENS * ROWS,), 0, layout=ROW_LAYOUT) // ROWS
+    return ((entry >> (warpgroup * TOKENS)) >> token) & 1 == 1
+
+
+def causal_mask(entry: jax.Array, start: jax.Array) -> jax.Array:
+    """[64, 64]: the row's token, `start` + row // 8, is at or past the key of the entry's block."""
+    shape = (TOKENS * ROWS, BLOCK)
+    token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) // ROWS
+    key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+    return key + ((entry >> 16) * BLOCK - start) <= token
+
+
+def add_product(acc: jax.Array, left: jax.Array, right: Ref, interpret: Any) -> jax.Array:
+    """acc + left @ right on the matrix units."""
+
+    def accumulate(acc_ref):
+        plgpu.wgmma(acc_ref, left, right)
+
+    if interpret is None:
+        return pl.run_state(accumulate)(plgpu.ACC.init(acc))
+
+    # The interpreter multiplies from shared memory alone.
+    return acc + jnp.dot(left, right[...], preferred_element_type=jnp.float32)

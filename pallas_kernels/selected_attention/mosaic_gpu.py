@@ -1,0 +1,257 @@
+"""Selected attention on Hopper: the forward kernel and the operation's gradient rule, in Mosaic GPU.
+
+A thread block owns 16 neighbouring tokens of one KV head and reads the union of their blocks once: two warpgroups of
+8 tokens x 8 rows multiply, a third keeps a ring of K and V blocks full. docs/kernels.md draws it.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Float, Float32, Int
+
+from pallas_kernels.common import EMPTY_LSE, ArrayLike, Scalar, block_total, resolve_lengths, zero_where
+from pallas_kernels.selected_attention import gpu_config
+from pallas_kernels.selected_attention import gpu_tiles as tiling
+from pallas_kernels.selected_attention.gpu_config import CONSUMERS, ROWS, TOKENS
+from pallas_kernels.selected_attention.gpu_tiles import BLOCK, ROW_LAYOUT
+from pallas_kernels.selected_attention.gpu_lists import TILE, TileLists, tile_lists, visible_choice
+
+HIDDEN = 1e30
+"""Subtracted from the exponents of rows that do not see a block: their probabilities are 0."""
+
+
+def selected_attention(
+    q: Float[ArrayLike, "B T N G D"],
+    k: Float[ArrayLike, "B S N D"],
+    v: Float[ArrayLike, "B S N D"],
+    block_indices: Int[ArrayLike, "B T N n"],
+    *,
+    block_size: int,
+    q_offset: Scalar,
+    lengths: Int[ArrayLike, "B"] | None,
+    config: gpu_config.Config | None = None,
+    interpret: Any = None,
+) -> tuple[Float[jax.Array, "B T N G D"], Float32[jax.Array, "B T N G"]]:
+    """Attends to the chosen blocks; arguments and results as in `api.selected_attention`.
+
+    Args:
+      q: see there.
+      k: see there.
+      v: see there.
+      block_indices: see there.
+      block_size: see there; 64.
+      q_offset: see there.
+      lengths: see there.
+      config: tile configurations; None: `gpu_config.heuristic`.
+      interpret: parameters of Pallas's GPU interpreter; None compiles.
+
+    Returns:
+      Output and log-sum-exp.
+
+    Raises:
+      NotImplementedError: a dtype, head size, group or block size that the kernels do not cover.
+    """
+    q, k, v, block_indices = (jnp.asarray(x) for x in (q, k, v, block_indices))
+    _check_covered(q, k, block_size, interpret)
+    if 0 in (*q.shape, *k.shape, block_indices.shape[3]):
+        return jnp.zeros(q.shape, q.dtype), jnp.full(q.shape[:-1], EMPTY_LSE, jnp.float32)
+    length = resolve_lengths(lengths, q.shape[0], k.shape[1])
+    config = config or gpu_config.heuristic(q.shape[1], q.shape[0] * q.shape[2], q.shape[4])
+    chosen = visible_choice(block_indices, length, q_offset, k.shape[1], block_size)
+    k, v = (whole_blocks(x, length if lengths is not None else None) for x in (k, v))
+    return _attend(config, interpret, q, k, v, chosen, length, jnp.asarray(q_offset, jnp.int32))
+
+
+def on_hopper(*args: Any, **kwargs: Any) -> Any:
+    """Runs `selected_attention` where the default device is a Hopper GPU; see there.
+
+    Raises:
+      NotImplementedError: another device, or a call that the kernels do not cover.
+    """
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    if capability != "9.0":
+        seen = f"compute capability {capability}" if capability else f"platform {device.platform!r}"
+        raise NotImplementedError(f"the Mosaic GPU kernel needs a Hopper GPU (compute capability 9.0), not {seen}")
+    return selected_attention(*args, **kwargs)
+
+
+def whole_blocks(x: Float[jax.Array, "B S N D"], length: Int[jax.Array, "B"] | None) -> Float[jax.Array, "B S+ N D"]:
+    """Pads keys or values to whole blocks and zeros what lies past `length`: a probability of 0 times NaN is NaN."""
+    keys = x.shape[1]
+    if length is not None:
+        x = zero_where(jnp.arange(keys) >= length[:, None], x)
+    return jnp.pad(x, [(0, 0), (0, block_total(keys, BLOCK) * BLOCK - keys), (0, 0), (0, 0)])
+
+
+def _check_covered(q: jax.Array, k: jax.Array, block_size: int, interpret: Any) -> None:
+    group, size = q.shape[3:]
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"the Mosaic GPU kernel takes bfloat16 and float16, not {q.dtype}")
+    if size not in (64, 128):
+        raise NotImplementedError(f"the Mosaic GPU kernel takes head sizes 64 and 128, not {size}")
+    if group > ROWS:
+        raise NotImplementedError(f"the Mosaic GPU kernel takes at most {ROWS} query heads per KV head, not {group}")
+    if block_size != BLOCK:
+        raise NotImplementedError(f"the Mosaic GPU kernel takes block_size {BLOCK}, not {block_size}")
+    if block_total(k.shape[1], BLOCK) >= 2**15:
+        raise NotImplementedError(f"the Mosaic GPU kernel takes fewer than {2**15 * BLOCK} keys, not {k.shape[1]}")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(
+    config: gpu_config.Config,
+    interpret: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    chosen: jax.Array,
+    length: jax.Array,
+    q_offset: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    return _attend_forward(config, interpret, q, k, v, chosen, length, q_offset)[0]
+
+
+def _attend_forward(config, interpret, q, k, v, chosen, length, q_offset):
+    lists = tile_lists(chosen, length, q_offset, k.shape[1], BLOCK, config.forward.cluster)
+    o, lse = forward(config.forward, interpret, q, k, v, lists)
+    return (o, lse), (q, k, v, chosen, length, q_offset, o, lse)
+
+
+def _attend_backward(config, interpret, saved, cotangents):
+    from pallas_kernels.selected_attention import mosaic_gpu_backward
+
+    return (*mosaic_gpu_backward.gradients(config, interpret, saved, cotangents), None, None, None)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def forward(
+    config: gpu_config.TileConfig,
+    interpret: Any,
+    q: Float[jax.Array, "B T N G D"],
+    k: Float[jax.Array, "B S N D"],
+    v: Float[jax.Array, "B S N D"],
+    lists: TileLists,
+) -> tuple[Float[jax.Array, "B T N G D"], Float32[jax.Array, "B T N G"]]:
+    """Runs the forward kernel.
+
+    Args:
+      config: stages and cluster; `lists` must be built for that cluster.
+      interpret: parameters of Pallas's GPU interpreter; None compiles.
+      q: queries.
+      k: keys in whole blocks.
+      v: values, likewise.
+      lists: from `gpu_lists.tile_lists`.
+
+    Returns:
+      Output and log-sum-exp.
+    """
+    batch, queries, heads, group, size = q.shape
+    rows, tiles, pieces, width = lists.entries.shape
+    scale = size**-0.5 * math.log2(math.e)
+
+    def body(q_ref, k_ref, v_ref, entries_ref, tiles_ref, o_ref, lse_ref, *scratch):
+        q_smem, k_smem, v_smem, entries_smem, lse_smem, q_ready, list_ready, loaded, consumed = scratch
+        tile = tiling.this_tile(config)
+        b, n = lax.div(tile.row, heads), lax.rem(tile.row, heads)
+        warpgroup = lax.axis_index("warpgroup")
+        count, whole, start, last = tile.about(tiles_ref)
+
+        def entry_at(i):
+            return entries_smem[lax.div(i, width), lax.rem(i, width)]
+
+        @pl.when(warpgroup < CONSUMERS)
+        def _():
+            plgpu.set_max_registers(232, action="increase")
+            q_tile = q_smem.at[warpgroup]
+            offset = warpgroup * TOKENS
+            first = tile.index * TILE + offset
+            tiling.fetch_tokens(q_ref, q_tile, q_ready.at[warpgroup], b, n, first, last)
+            plgpu.barrier_wait(list_ready)
+            plgpu.barrier_wait(q_ready.at[warpgroup])
+
+            def step(i, carry, causal):
+                slot = lax.rem(i, config.stages)
+                entry = entry_at(i)
+                plgpu.barrier_wait(loaded.at[slot])
+
+                def attend(carry):
+                    acc, top, total = carry
+
+                    def scores(s_ref):
+                        plgpu.wgmma(s_ref, q_tile, k_smem.at[slot].transpose((1, 0)))
+                        return s_ref[...]
+
+                    s = pl.run_scoped(scores, plgpu.ACC((TOKENS * ROWS, BLOCK), jnp.float32))
+                    if causal:
+                        s = jnp.where(tiling.causal_mask(entry, start + offset), s, -HIDDEN)
+                    seen = tiling.chosen_rows(entry, warpgroup)
+                    new_top = jnp.maximum(top, jnp.where(seen, s.max(axis=1) * scale, EMPTY_LSE))
+                    shift = jnp.where(seen, new_top, HIDDEN)
+                    p = jnp.exp2(s * scale - lax.broadcast_in_dim(shift, s.shape, [0]))
+                    rescale = jnp.exp2(top - new_top)
+                    total = total * rescale + p.sum(axis=1)
+                    acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
+                    acc = tiling.add_product(acc, p.astype(v_ref.dtype), v_smem.at[slot], interpret)
+                    return acc, new_top, total
+
+                carry = lax.cond(tiling.chosen_by(entry, warpgroup), attend, lambda carry: carry, carry)
+                plgpu.barrier_arrive(consumed.at[slot])
+                return carry
+
+            carry = (
+                plgpu.layout_cast(jnp.zeros((TOKENS * ROWS, size), jnp.float32), plgpu.Layout.WGMMA),
+                plgpu.layout_cast(jnp.full((TOKENS * ROWS,), EMPTY_LSE, jnp.float32), ROW_LAYOUT),
+                plgpu.layout_cast(jnp.zeros((TOKENS * ROWS,), jnp.float32), ROW_LAYOUT),
+            )
+            carry = lax.fori_loop(0, whole, functools.partial(step, causal=False), carry)
+            acc, top, total = lax.fori_loop(whole, count, functools.partial(step, causal=True), carry)
+
+            empty = total == 0.0
+            divisor = jnp.where(empty, 1.0, total)
+            q_tile[...] = (acc / lax.broadcast_in_dim(divisor, acc.shape, [0])).astype(o_ref.dtype)
+            lse_tile = lse_smem.at[warpgroup]
+            lse_tile[...] = jnp.where(empty, EMPTY_LSE, top * math.log(2) + jnp.log(divisor))
+            plgpu.commit_smem()
+            tiling.store_tokens(q_tile, o_ref, b, n, first, queries)
+            plgpu.copy_smem_to_gmem(lse_tile, lse_ref.at[tile.row, pl.ds(first * ROWS, TOKENS * ROWS)])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(warpgroup == CONSUMERS)
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+            plgpu.copy_gmem_to_smem(entries_ref.at[tile.row, tile.index], entries_smem, list_ready)
+            plgpu.barrier_wait(list_ready)
+            tensors = ((k_ref, k_smem), (v_ref, v_smem))
+            tiling.fetch_blocks(config, count, entry_at, tensors, loaded, consumed, b, n)
+
+    o, lse = plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((rows, tiles * TILE * ROWS), jnp.float32),
+        ),
+        scratch_types=(
+            tiling.tile_memory((CONSUMERS, TOKENS * ROWS, size), q.dtype),
+            tiling.tile_memory((config.stages, BLOCK, size), q.dtype),
+            tiling.tile_memory((config.stages, BLOCK, size), q.dtype),
+            plgpu.SMEM((pieces, width), jnp.int32),
+            plgpu.SMEM((CONSUMERS, TOKENS * ROWS), jnp.float32),
+            plgpu.Barrier(num_arrivals=TOKENS, num_barriers=CONSUMERS),
+            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
+            tiling.consumed_barrier(config),
+        ),
+        interpret=interpret,
+        **tiling.launch(config, rows, tiles),
+    )(q, k, v, lists.entries, lists.tiles)
+    lse = lse.reshape(batch, heads, tiles * TILE, ROWS)[:, :, :queries, :group]
+    return o, jnp.swapaxes(lse, 1, 2)
