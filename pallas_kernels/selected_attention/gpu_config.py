@@ -37,7 +37,7 @@ class BlockConfig:
     """The kernel that walks over the queries of a block (dk and dv).
 
     Attributes:
-      stages: groups of 8 tokens in flight.
+      stages: groups of 8 tokens in flight; even, for the two warpgroups take turns.
       part: the most tokens that one thread block walks over; longer lists are split and summed in float32.
     """
 
@@ -45,8 +45,8 @@ class BlockConfig:
     part: int
 
     def __post_init__(self):
-        if self.stages < 2 or self.part < 1 or self.part % TOKENS:
-            raise ValueError(f"{self} is no block configuration, expected stages of at least 2, part a multiple of 8")
+        if self.stages < 2 or self.stages % CONSUMERS or self.part < 1 or self.part % TOKENS:
+            raise ValueError(f"{self} is no block configuration, expected even stages and part a multiple of 8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +70,8 @@ def heuristic(queries: int, rows: int, head_dim: int) -> Config:
       The configuration; lists are split where few rows would leave one thread block with a sink's whole list.
     """
     wide = head_dim > 64
-    # 132 multiprocessors share rows x T x n / 8 steps: with 4 rows a sink's T / 8 steps are still under half of that.
-    pieces = max(1, min(16, 16 // max(rows, 1)))
+    # With 4 rows and n = 32 each of 132 multiprocessors walks over T tokens in all: as many as one sink has.
+    pieces = max(1, min(16, 32 // max(rows, 1)))
     part = max(1024, -(-queries // (pieces * TOKENS)) * TOKENS)
     return Config(
         forward=TileConfig(stages=5 if wide else 8),

@@ -34,23 +34,26 @@ class TileLists:
     tiles: Int[jax.Array, "R C 4"]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens", "items", "places"], meta_fields=["parts"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens", "items", "places"], meta_fields=["parts", "slots"])
 @dataclasses.dataclass(frozen=True)
 class BlockLists:
     """The queries that read each block, cut into parts.
 
     Attributes:
       tokens: [P] int32, every (row, block)'s tokens in ascending order, rows and blocks ascending.
-      items: [I, 6] int32, one part each: row, block, first place in `tokens`, end, end of the tokens that see the
-        block in part, and the slot of its partial sum (-1: the part is the whole list).
+      items: [I, 7] int32, one part each: row (-1: no part), block, first place in `tokens`, end, end of the tokens
+        that see the block in part, the slot of its partial sum (-1: the part is the whole list), and the query row
+        that stands at the block's first key.
       places: [R, M, 2] int32: first slot of each block and its number of slots (0: written directly).
       parts: the most slots that a block can have.
+      slots: bound on the slots of all blocks.
     """
 
     tokens: Int[jax.Array, "P"]
-    items: Int[jax.Array, "I 6"]
+    items: Int[jax.Array, "I 7"]
     places: Int[jax.Array, "R M 2"]
     parts: int
+    slots: int
 
 
 def visible_choice(
@@ -162,7 +165,7 @@ def block_lists(
     slots = jnp.where(pieces > 1, pieces, 0)
     ends = jnp.cumsum(slots.reshape(-1)).reshape(slots.shape)
     first_slot = ends - slots
-    split = min(rows * blocks * parts, 2 * (rows * queries * places) // part) if parts > 1 else 0
+    split = split_slots(rows, queries, places, blocks, part)
 
     last = jnp.cumsum(pieces.reshape(-1))
     item = jnp.arange(rows * blocks + split, dtype=jnp.int32)
@@ -180,10 +183,16 @@ def block_lists(
             jnp.minimum(start + part, take(begin) + take(sizes)),
             take(begin) + take(partial),
             jnp.where(take(slots) > 0, take(first_slot) + piece, -1),
+            owner % blocks * block_size - jnp.asarray(q_offset, jnp.int32),
         ],
         axis=-1,
     )
-    return BlockLists(tokens, items, jnp.stack([first_slot, slots], axis=-1), parts)
+    return BlockLists(tokens, items, jnp.stack([first_slot, slots], axis=-1), parts, split)
+
+
+def split_slots(rows: int, queries: int, places: int, blocks: int, part: int) -> int:
+    """Bound on the parts of lists that are longer than `part`: each such list has fewer than twice size / part."""
+    return min(rows * blocks * -(-queries // part), 2 * rows * queries * places // part) if queries > part else 0
 
 
 def _sorted_tokens(chosen: Int[jax.Array, "R T n"], blocks: int) -> tuple[jax.Array, jax.Array]:

@@ -15,6 +15,9 @@ from pallas_kernels.selected_attention.gpu_lists import TILE
 BLOCK = 64
 """Keys per block that the kernels cover."""
 
+HIDDEN = 1e30
+"""Subtracted from the exponents of rows that do not see a block: their probabilities are 0."""
+
 ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
 """One value per row of a 64-row tile in registers."""
 
@@ -154,6 +157,16 @@ def causal_mask(entry: jax.Array, start: jax.Array) -> jax.Array:
     return key + ((entry >> 16) * BLOCK - start) <= token
 
 
+def product(left: Ref, right: Ref, columns: int) -> jax.Array:
+    """left @ right of two tiles in shared memory, 64 rows."""
+
+    def multiply(acc_ref):
+        plgpu.wgmma(acc_ref, left, right)
+        return acc_ref[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((TOKENS * ROWS, columns), jnp.float32))
+
+
 def add_product(acc: jax.Array, left: jax.Array, right: Ref, interpret: Any) -> jax.Array:
     """acc + left @ right on the matrix units."""
 
@@ -163,5 +176,7 @@ def add_product(acc: jax.Array, left: jax.Array, right: Ref, interpret: Any) -> 
     if interpret is None:
         return pl.run_state(accumulate)(plgpu.ACC.init(acc))
 
-    # The interpreter multiplies from shared memory alone.
-    return acc + jnp.dot(left, right[...], preferred_element_type=jnp.float32)
+    # The interpreter multiplies from shared memory alone. The fence stands between a plain read and the next copy.
+    product = jnp.dot(left, right[...], preferred_element_type=jnp.float32)
+    plgpu.commit_smem()
+    return acc + product

@@ -19,11 +19,8 @@ from pallas_kernels.common import EMPTY_LSE, ArrayLike, Scalar, block_total, res
 from pallas_kernels.selected_attention import gpu_config
 from pallas_kernels.selected_attention import gpu_tiles as tiling
 from pallas_kernels.selected_attention.gpu_config import CONSUMERS, ROWS, TOKENS
-from pallas_kernels.selected_attention.gpu_tiles import BLOCK, ROW_LAYOUT
+from pallas_kernels.selected_attention.gpu_tiles import BLOCK, HIDDEN, ROW_LAYOUT
 from pallas_kernels.selected_attention.gpu_lists import TILE, TileLists, tile_lists, visible_choice
-
-HIDDEN = 1e30
-"""Subtracted from the exponents of rows that do not see a block: their probabilities are 0."""
 
 
 def selected_attention(
@@ -186,11 +183,7 @@ def forward(
                 def attend(carry):
                     acc, top, total = carry
 
-                    def scores(s_ref):
-                        plgpu.wgmma(s_ref, q_tile, k_smem.at[slot].transpose((1, 0)))
-                        return s_ref[...]
-
-                    s = pl.run_scoped(scores, plgpu.ACC((TOKENS * ROWS, BLOCK), jnp.float32))
+                    s = tiling.product(q_tile, k_smem.at[slot].transpose((1, 0)), BLOCK)
                     if causal:
                         s = jnp.where(tiling.causal_mask(entry, start + offset), s, -HIDDEN)
                     seen = tiling.chosen_rows(entry, warpgroup)
