@@ -4,6 +4,8 @@ import os
 
 # Before jax is imported: tests run on the CPU unless the caller names a platform (make test-gpu does).
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads of an interpreted GPU kernel block threads of XLA's pool; with as few as a small machine's cores they deadlock.
+os.environ.setdefault("PJRT_NPROC", "16")
 
 from jaxtyping import install_import_hook
 

@@ -57,6 +57,15 @@ class Config:
     dq: TileConfig
     dkdv: BlockConfig
 
+    def shared_memory(self, head_dim: int) -> dict[str, int]:
+        """Bytes of shared memory per kernel, less the lists and barriers (under 4 KiB)."""
+        tile = TOKENS * ROWS * head_dim * 2
+        return {
+            "forward": (CONSUMERS + 2 * self.forward.stages) * tile,
+            "dq": (2 * CONSUMERS + 2 * self.dq.stages) * tile,
+            "dkdv": (2 + 2 * self.dkdv.stages + 2) * tile,
+        }
+
 
 def heuristic(queries: int, rows: int, head_dim: int) -> Config:
     """A configuration for T queries of B x N rows: the most stages that shared memory holds.

@@ -18,6 +18,10 @@ TILE = 16
 """Tokens of one thread block: two warpgroups of 8 tokens x 8 rows; an entry's low 16 bits mask them."""
 
 
+SORT_KEYS = 2**32 - 1
+"""Rows x blocks x tokens up to which one sort of 32-bit keys covers all rows; beyond, each row is sorted by itself."""
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["entries", "tiles"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class TileLists:
@@ -34,7 +38,9 @@ class TileLists:
     tiles: Int[jax.Array, "R C 4"]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens", "items", "places"], meta_fields=["parts", "slots"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["tokens", "items", "places"], meta_fields=["parts", "slots"]
+)
 @dataclasses.dataclass(frozen=True)
 class BlockLists:
     """The queries that read each block, cut into parts.
@@ -101,9 +107,9 @@ def tile_lists(
     token = jnp.arange(tiles * TILE, dtype=jnp.int32).repeat(places)
     # Each (token, block) occurs once, so that the sum is the union of the bits.
     table = jnp.zeros((rows, tiles, blocks), jnp.int32)
-    table = table.at[
-        jnp.arange(rows)[:, None], token // TILE, jnp.where(chosen < 0, blocks, chosen)
-    ].add(1 << (token % TILE), mode="drop")
+    table = table.at[jnp.arange(rows)[:, None], token // TILE, jnp.where(chosen < 0, blocks, chosen)].add(
+        1 << (token % TILE), mode="drop"
+    )
 
     by_cluster = table.reshape(rows, tiles // cluster, cluster, blocks)
     listed = jnp.broadcast_to((by_cluster != 0).any(axis=2, keepdims=True), by_cluster.shape)
@@ -173,7 +179,10 @@ def block_lists(
     inside = owner < rows * blocks
     owner = jnp.minimum(owner, rows * blocks - 1)
     piece = item - (last - pieces.reshape(-1))[owner]
-    take = lambda x: x.reshape(-1)[owner]
+
+    def take(x: jax.Array) -> jax.Array:
+        return x.reshape(-1)[owner]
+
     start = take(begin) + piece * part
     items = jnp.stack(
         [
@@ -197,7 +206,7 @@ def split_slots(rows: int, queries: int, places: int, blocks: int, part: int) ->
 
 def _sorted_tokens(chosen: Int[jax.Array, "R T n"], blocks: int) -> tuple[jax.Array, jax.Array]:
     """Tokens sorted by (row, block), and where each block's begin: [P] and [R, M + 1]."""
-    rows, queries, places = chosen.shape
+    rows, queries, _ = chosen.shape
     token = jnp.arange(queries, dtype=jnp.uint32)[:, None]
 
     def by_block(group: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -210,8 +219,7 @@ def _sorted_tokens(chosen: Int[jax.Array, "R T n"], blocks: int) -> tuple[jax.Ar
         starts = jnp.concatenate([starts[:-1].reshape(count, blocks), starts[blocks::blocks, None]], axis=1)
         return (packed % queries).astype(jnp.int32), starts
 
-    # One sort of 32-bit keys over all rows where they fit, else one per row.
-    if rows * blocks * queries < 2**32 - 1:
+    if rows * blocks * queries < SORT_KEYS:
         return by_block(chosen)
     tokens, starts = jax.lax.map(by_block, chosen[:, None])
     size = math.prod(chosen.shape[1:])

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.selected_attention.gpu_config import CONSUMERS, ROWS, TOKENS, TileConfig
-from pallas_kernels.selected_attention.gpu_lists import TILE
 
 BLOCK = 64
 """Keys per block that the kernels cover."""
@@ -63,12 +62,10 @@ def launch(config: TileConfig, rows: int, tiles: int) -> dict[str, Any]:
     return options
 
 
-def tile_memory(shape: tuple[int, ...], dtype: Any) -> plgpu.SMEM:
+def tile_memory(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory that the matrix units read: 128-byte swizzle over tiles of 8 rows."""
     columns = 128 // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(
-        shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))
-    )
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
 
 
 def consumed_barrier(config: TileConfig) -> Any:
@@ -94,17 +91,13 @@ def fetch_tokens(
         )
 
 
-def store_tokens(
-    source: Ref, target: Ref, batch: jax.Array, head: jax.Array, first: jax.Array, queries: int
-) -> None:
+def store_tokens(source: Ref, target: Ref, batch: jax.Array, head: jax.Array, first: jax.Array, queries: int) -> None:
     """Starts copies of the tile's rows to their tokens; rows past the group and tokens past T are dropped."""
     for i in range(TOKENS):
 
         @pl.when(first + i < queries)
         def _(i=i):
-            plgpu.copy_smem_to_gmem(
-                source.at[pl.ds(i * ROWS, ROWS)], target.at[batch, first + i, head, pl.ds(0, ROWS)]
-            )
+            plgpu.copy_smem_to_gmem(source.at[pl.ds(i * ROWS, ROWS)], target.at[batch, first + i, head, pl.ds(0, ROWS)])
 
 
 def fetch_blocks(

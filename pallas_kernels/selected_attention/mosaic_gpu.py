@@ -19,8 +19,8 @@ from pallas_kernels.common import EMPTY_LSE, ArrayLike, Scalar, block_total, res
 from pallas_kernels.selected_attention import gpu_config
 from pallas_kernels.selected_attention import gpu_tiles as tiling
 from pallas_kernels.selected_attention.gpu_config import CONSUMERS, ROWS, TOKENS
-from pallas_kernels.selected_attention.gpu_tiles import BLOCK, HIDDEN, ROW_LAYOUT
 from pallas_kernels.selected_attention.gpu_lists import TILE, TileLists, tile_lists, visible_choice
+from pallas_kernels.selected_attention.gpu_tiles import BLOCK, HIDDEN, ROW_LAYOUT
 
 
 def selected_attention(
@@ -79,7 +79,7 @@ def on_hopper(*args: Any, **kwargs: Any) -> Any:
     return selected_attention(*args, **kwargs)
 
 
-def whole_blocks(x: Float[jax.Array, "B S N D"], length: Int[jax.Array, "B"] | None) -> Float[jax.Array, "B S+ N D"]:
+def whole_blocks(x: Float[jax.Array, "B S N D"], length: Int[jax.Array, "B"] | None) -> Float[jax.Array, "B P N D"]:
     """Pads keys or values to whole blocks and zeros what lies past `length`: a probability of 0 times NaN is NaN."""
     keys = x.shape[1]
     if length is not None:

@@ -17,6 +17,9 @@ from pallas_kernels.selected_attention.gpu_config import CONSUMERS, ROWS, TOKENS
 from pallas_kernels.selected_attention.gpu_lists import TILE, BlockLists, TileLists, block_lists, tile_lists
 from pallas_kernels.selected_attention.gpu_tiles import BLOCK, HIDDEN, ROW_LAYOUT
 
+WARPS = 4
+"""Warps of a warpgroup."""
+
 _COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -206,9 +209,8 @@ def key_gradients(
         keys = pl.ds(pl.multiple_of(block * BLOCK, BLOCK), BLOCK)
         steps = lax.div(end - begin + TOKENS - 1, TOKENS)
 
-        def tokens_of(step):
-            place = begin + step * TOKENS
-            return tuple(tokens_ref[jnp.maximum(jnp.minimum(place + i, end - 1), 0)] for i in range(TOKENS))
+        def token_at(place):
+            return tokens_ref[jnp.maximum(jnp.minimum(begin + place, end - 1), 0)]
 
         @pl.when((warpgroup < CONSUMERS) & (row >= 0))
         def _():
@@ -223,7 +225,7 @@ def key_gradients(
                 q_tile, do_tile = q_smem.at[stage], do_smem.at[stage]
                 s = tiling.product(k_smem, q_tile.transpose((1, 0)), TOKENS * ROWS)
                 if causal:
-                    s = jnp.where(_sees(tokens_of(i), origin), s, -HIDDEN)
+                    s = jnp.where(_sees(tuple(token_at(i * TOKENS + t) for t in range(TOKENS)), origin), s, -HIDDEN)
                 row_shift = plgpu.load(shift_smem.at[stage], layout=_COLUMN_LAYOUT)
                 p = jnp.exp2(s * scale - lax.broadcast_in_dim(row_shift, s.shape, [1]))
                 dv = tiling.add_product(dv, p.astype(q_ref.dtype), do_tile, interpret)
@@ -284,32 +286,37 @@ def key_gradients(
             plgpu.copy_gmem_to_smem(k_ref.at[b, keys, n], k_smem, block_ready)
             plgpu.copy_gmem_to_smem(v_ref.at[b, keys, n], v_smem, block_ready)
 
-            def fetch(i, tokens):
-                stage = lax.rem(i, stages)
-                # Read ahead: by the next step they have arrived.
-                following = tokens_of(jnp.minimum(i + 1, steps - 1))
+            # A group of 8 tokens is 32 small copies; four warps start them at once.
+            @plgpu.warp_map
+            def _(warp):
+                own = tuple(warp * (TOKENS // WARPS) + t for t in range(TOKENS // WARPS))
 
-                @pl.when(i >= stages)
-                def _():
-                    plgpu.barrier_wait(consumed.at[stage])
+                def fetch(i, tokens):
+                    stage = lax.rem(i, stages)
+                    # Read ahead: by the next step they have arrived.
+                    following = tuple(token_at((i + 1) * TOKENS + t) for t in own)
 
-                for t, token in enumerate(tokens):
-                    tile = pl.ds(t * ROWS, ROWS)
-                    heads_of = (b, token, n, pl.ds(0, ROWS))
-                    plgpu.copy_gmem_to_smem(q_ref.at[heads_of], q_smem.at[stage, tile], loaded.at[stage])
-                    plgpu.copy_gmem_to_smem(do_ref.at[heads_of], do_smem.at[stage, tile], loaded.at[stage])
-                    # Past the list's end a token stands in; the terms of a query that is not there hide it.
-                    there = begin + i * TOKENS + t < end
-                    terms = pl.ds(pl.multiple_of(jnp.where(there, token, nobody) * ROWS, ROWS), ROWS)
-                    plgpu.copy_gmem_to_smem(shift_ref.at[row, terms], shift_smem.at[stage, tile], loaded.at[stage])
-                    plgpu.copy_gmem_to_smem(delta_ref.at[row, terms], delta_smem.at[stage, tile], loaded.at[stage])
-                return following
+                    @pl.when(i >= stages)
+                    def _():
+                        plgpu.barrier_wait(consumed.at[stage])
 
-            lax.fori_loop(0, steps, fetch, tokens_of(0))
+                    for t, token in zip(own, tokens, strict=True):
+                        tile = pl.ds(t * ROWS, ROWS)
+                        heads_of = (b, token, n, pl.ds(0, ROWS))
+                        plgpu.copy_gmem_to_smem(q_ref.at[heads_of], q_smem.at[stage, tile], loaded.at[stage])
+                        plgpu.copy_gmem_to_smem(do_ref.at[heads_of], do_smem.at[stage, tile], loaded.at[stage])
+                        # Past the list's end a token stands in; the terms of a query that is not there hide it.
+                        there = begin + i * TOKENS + t < end
+                        terms = pl.ds(jnp.where(there, token, nobody) * ROWS, ROWS)
+                        plgpu.copy_gmem_to_smem(shift_ref.at[row, terms], shift_smem.at[stage, tile], loaded.at[stage])
+                        plgpu.copy_gmem_to_smem(delta_ref.at[row, terms], delta_smem.at[stage, tile], loaded.at[stage])
+                    return following
 
-            @pl.loop(jnp.maximum(steps - stages, 0), steps)
-            def _(i):
-                plgpu.barrier_wait(consumed.at[lax.rem(i, stages)])
+                lax.fori_loop(0, steps, fetch, tuple(token_at(t) for t in own))
+
+                @pl.loop(jnp.maximum(steps - stages, 0), steps)
+                def _(i):
+                    plgpu.barrier_wait(consumed.at[lax.rem(i, stages)])
 
     partial = jax.ShapeDtypeStruct((lists.slots, BLOCK, size), jnp.float32)
     dk, dv, *partials = plgpu.kernel(

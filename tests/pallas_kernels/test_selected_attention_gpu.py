@@ -1,0 +1,229 @@
+"""The Hopper kernels of selected attention: interpreted on the CPU against the reference, and lowered without a GPU."""
+
+import functools
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+from pallas_kernels import selected_attention
+from pallas_kernels.selected_attention import gpu_config, gpu_lists, mosaic_gpu, reference
+from pallas_kernels.specs import SPECS
+
+BLOCK = 64
+
+
+def small_config(cluster=1, part=8):
+    tiles = gpu_config.TileConfig(stages=2, cluster=cluster)
+    return gpu_config.Config(forward=tiles, dq=tiles, dkdv=gpu_config.BlockConfig(stages=2, part=part))
+
+
+def draw(shape, seed, dtype, end=None):
+    """Normal values, NaN from `end[b]` on along the second axis."""
+    x = np.random.default_rng([seed, *shape]).standard_normal(shape)
+    if end is not None:
+        index = np.arange(shape[1])
+        x[index[None] >= np.asarray(end)[:, None]] = np.nan
+    return jnp.asarray(x, dtype)
+
+
+def draw_choice(batch, queries, heads, places, q_offset, keys, seed):
+    """Each query's own block and earlier ones, in any order, padded with -1."""
+    rng = np.random.default_rng(seed)
+    index = np.full((batch, queries, heads, places), -1, np.int32)
+    for b, t, n in np.ndindex(batch, queries, heads):
+        current = min(q_offset + t, keys - 1) // BLOCK
+        earlier = rng.permutation(current)[: places - 1]
+        index[b, t, n, : len(earlier) + 1] = rng.permutation([*earlier, current])
+    return index
+
+
+def compare(
+    dtype, group, size, *, batch=1, heads=1, queries, keys, places, q_offset=0, lengths=None, config, races=False
+):
+    index = draw_choice(batch, queries, heads, places, q_offset, keys, 3)
+    index[0, queries // 2] = -1
+    ends = (keys,) * batch if lengths is None else lengths
+    past = np.clip(np.asarray(ends) - q_offset, 0, queries)
+    q = draw((batch, queries, heads, group, size), 0, dtype, past)
+    k, v = (draw((batch, keys, heads, size), seed, dtype, ends) for seed in (1, 2))
+    do, dlse = draw(q.shape, 4, dtype, past), draw(q.shape[:-1], 5, jnp.float32, past)
+    options = {"block_size": BLOCK, "lengths": None if lengths is None else jnp.asarray(lengths, jnp.int32)}
+    interpret = plgpu.InterpretGPUParams(detect_races=races)
+
+    @jax.jit
+    def run(q, k, v, offset):
+        attend = functools.partial(
+            mosaic_gpu.selected_attention, **options, q_offset=offset, config=config, interpret=interpret
+        )
+        results, back = jax.vjp(lambda q, k, v: attend(q, k, v, index), q, k, v)
+        return *results, *back((do, dlse))
+
+    def exact(q, k, v):
+        q, k, v = (jnp.nan_to_num(x.astype(jnp.float32)) for x in (q, k, v))
+        results, back = jax.vjp(
+            lambda q, k, v: reference.selected_attention(q, k, v, index, **options, q_offset=q_offset), q, k, v
+        )
+        return *results, *back((jnp.nan_to_num(do.astype(jnp.float32)), jnp.nan_to_num(dlse)))
+
+    actual, expected = run(q, k, v, q_offset), exact(q, k, v)
+    for name, x, y in zip(("o", "lse", "dq", "dk", "dv"), actual, expected, strict=True):
+        assert x.shape == y.shape, name
+        assert np.isfinite(np.asarray(x, np.float32)).all(), f"{name} is not finite"
+        seen = np.linalg.norm(np.asarray(x, np.float32) - y) / np.linalg.norm(y)
+        # bfloat16 keeps 8 bits: 2e-3 for one rounding; probabilities and dS are rounded once more.
+        limit = 1e-6 if name == "lse" else 6e-3 if dtype == jnp.bfloat16 else 1e-3
+        assert seen <= limit, f"{name} is off by {seen}"
+    if races:
+        assert not gpu_callbacks.get_races().races_found
+
+
+def test_ragged_rows_later_queries_and_split_lists():
+    compare(
+        jnp.bfloat16,
+        7,
+        64,
+        batch=2,
+        queries=21,
+        keys=150,
+        places=2,
+        q_offset=129,
+        lengths=(150, 139),
+        config=small_config(),
+    )
+
+
+def test_no_races():
+    compare(jnp.bfloat16, 7, 64, queries=18, keys=90, places=2, q_offset=70, config=small_config(), races=True)
+
+
+def test_blocks_fetched_by_two_thread_blocks_at_once():
+    compare(
+        jnp.float16,
+        1,
+        64,
+        heads=2,
+        queries=40,
+        keys=200,
+        places=3,
+        q_offset=150,
+        config=small_config(cluster=2),
+        races=True,
+    )
+
+
+def test_wide_heads_and_whole_lists():
+    compare(jnp.bfloat16, 8, 128, queries=33, keys=97, places=1, q_offset=64, config=small_config(part=64))
+
+
+def lowered(spec, config=None):
+    q, k, v, _ = spec.shapes
+    index = jax.ShapeDtypeStruct((*q.shape[:3], spec.block_count), jnp.int32)
+
+    def both(q, k, v, index, do, offset):
+        results, back = jax.vjp(
+            lambda q, k, v: mosaic_gpu.selected_attention(
+                q, k, v, index, block_size=spec.block_size, q_offset=offset, lengths=None, config=config
+            ),
+            q,
+            k,
+            v,
+        )
+        return *results, *back((do, results[1]))
+
+    offset = jax.ShapeDtypeStruct((), jnp.int32)
+    return jax.jit(both).trace(q, k, v, index, q, offset).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    "spec", [s for s in SPECS if s.name.startswith("7B, 128K") or "3B" in s.name], ids=lambda s: s.name
+)
+def test_the_published_shapes_lower_for_hopper(spec):
+    text = lowered(spec)
+    assert text.count("mosaic_gpu") >= 3
+
+
+def test_shared_memory_holds_what_the_heuristic_asks_for():
+    for size in (64, 128):
+        config = gpu_config.heuristic(4096, 4, size)
+        assert max(config.shared_memory(size).values()) <= gpu_config.SHARED_MEMORY
+
+
+def test_blocks_of_a_tile_ascend_and_carry_the_masks():
+    index = np.full((1, 20, 1, 3), -1, np.int32)
+    index[0, :, 0, 0] = 1
+    index[0, 3, 0, 1] = 0
+    index[0, 17, 0, 1:] = (0, 2)
+    chosen = gpu_lists.visible_choice(jnp.asarray(index), jnp.array([90]), 70, 90, BLOCK)
+    lists = gpu_lists.tile_lists(chosen, jnp.array([90]), 70, 90, BLOCK, cluster=1)
+    first, second = np.asarray(lists.entries).reshape(2, -1)[:, :3]
+    np.testing.assert_array_equal(first, [0 << 16 | 1 << 3, 1 << 16 | 0xFFFF, 0])
+    # Block 2 begins past the last query and past the last key.
+    np.testing.assert_array_equal(second, [0 << 16 | 1 << 1, 1 << 16 | 0b1111, 0])
+    # Counts, blocks seen whole, first absolute query, last query below the length.
+    np.testing.assert_array_equal(lists.tiles[0], [[2, 1, 70, 19], [2, 1, 86, 19]])
+
+
+@pytest.mark.parametrize("one_sort", [True, False])
+def test_lists_of_a_block_hold_its_queries_in_order(monkeypatch, one_sort):
+    if not one_sort:
+        monkeypatch.setattr(gpu_lists, "SORT_KEYS", 0)
+    batch, queries, heads, places, keys, part = 2, 150, 2, 2, 150, 16
+    index = draw_choice(batch, queries, heads, places, 0, keys, 1)
+    length = jnp.array([150, 101])
+    chosen = gpu_lists.visible_choice(jnp.asarray(index), length, 0, keys, BLOCK)
+    lists = gpu_lists.block_lists(chosen, 0, keys, BLOCK, part)
+    found = {}
+    slots = []
+    for row, block, begin, end, partial_end, slot, origin in np.asarray(lists.items).tolist():
+        if row < 0:
+            continue
+        assert end - begin <= part
+        assert origin == block * BLOCK
+        tokens = np.asarray(lists.tokens)[begin:end].tolist()
+        assert [t < origin + BLOCK - 1 for t in tokens] == [begin + i < partial_end for i in range(len(tokens))]
+        found.setdefault((row, block), []).extend(tokens)
+        slots.append(slot)
+    for b, n, block in np.ndindex(batch, heads, 3):
+        expected = [t for t in range(int(length[b])) if block in index[b, t, n]]
+        assert found[b * heads + n, block] == expected
+    used = sorted(slot for slot in slots if slot >= 0)
+    assert used == list(range(len(used)))
+    assert len(used) <= lists.slots
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": jnp.float32}, "bfloat16 and float16, not float32"),
+        ({"size": 32}, "head sizes 64 and 128, not 32"),
+        ({"group": 9}, "at most 8 query heads per KV head, not 9"),
+        ({"block": 32}, "block_size 64, not 32"),
+    ],
+)
+def test_calls_that_the_kernels_do_not_cover_say_why(change, message):
+    sizes = {"dtype": jnp.bfloat16, "size": 64, "group": 7, "block": 64} | change
+    q = jnp.zeros((1, 4, 1, sizes["group"], sizes["size"]), sizes["dtype"])
+    k = jnp.zeros((1, 4, 1, sizes["size"]), sizes["dtype"])
+    with pytest.raises(NotImplementedError, match=message):
+        mosaic_gpu.selected_attention(
+            q, k, k, jnp.zeros((1, 4, 1, 1), jnp.int32), block_size=sizes["block"], q_offset=0, lengths=None
+        )
+
+
+def test_another_device_is_named():
+    q, k = jnp.zeros((1, 4, 1, 2, 64), jnp.bfloat16), jnp.zeros((1, 4, 1, 64), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=r"needs a Hopper GPU .compute capability 9.0., not platform 'cpu'"):
+        selected_attention(q, k, k, jnp.zeros((1, 4, 1, 1), jnp.int32), block_size=64, implementation="mosaic_gpu")
+
+
+def test_nothing_to_attend_to():
+    q, k = jnp.zeros((1, 3, 1, 2, 64), jnp.bfloat16), jnp.zeros((1, 0, 1, 64), jnp.bfloat16)
+    o, lse = mosaic_gpu.selected_attention(
+        q, k, k, jnp.zeros((1, 3, 1, 1), jnp.int32), block_size=64, q_offset=0, lengths=jnp.array([0])
+    )
+    assert not o.any()
+    assert (lse == -1e30).all()
