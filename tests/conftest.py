@@ -4,7 +4,7 @@ import os
 
 # Before jax is imported: tests run on the CPU unless the caller names a platform (make test-gpu does).
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Threads of an interpreted GPU kernel block threads of XLA's pool; with as few as a small machine's cores they deadlock.
+# Each thread of an interpreted GPU kernel blocks one of the pool: with as few as a small machine has they deadlock.
 os.environ.setdefault("PJRT_NPROC", "16")
 
 from jaxtyping import install_import_hook

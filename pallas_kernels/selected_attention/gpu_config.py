@@ -11,6 +11,9 @@ TOKENS = 8
 CONSUMERS = 2
 """Warpgroups that compute; a third one fetches."""
 
+WIDEST_CLUSTER = 4
+"""Thread blocks that may fetch together."""
+
 SHARED_MEMORY = 227 * 1024
 """Bytes of shared memory that one thread block may use on Hopper."""
 
@@ -21,15 +24,15 @@ class TileConfig:
 
     Attributes:
       stages: blocks of K and V in flight.
-      cluster: thread blocks of 16 tokens that fetch each block once, together; 1 or 2.
+      cluster: thread blocks of 16 tokens that fetch each block once, together; 1, 2 or 4.
     """
 
     stages: int
     cluster: int = 1
 
     def __post_init__(self):
-        if self.stages < 2 or self.cluster not in (1, 2):
-            raise ValueError(f"{self} is no tile configuration, expected stages of at least 2 and cluster 1 or 2")
+        if self.stages < 2 or self.cluster not in (1, 2, WIDEST_CLUSTER):
+            raise ValueError(f"{self} is no tile configuration, expected stages of at least 2 and cluster 1, 2 or 4")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,15 @@ from jaxtyping import Float, Float32
 
 from pallas_kernels.common import EMPTY_LSE
 from pallas_kernels.selected_attention import gpu_tiles as tiling
-from pallas_kernels.selected_attention.gpu_config import CONSUMERS, ROWS, TOKENS, BlockConfig, Config, TileConfig
+from pallas_kernels.selected_attention.gpu_config import (
+    CONSUMERS,
+    ROWS,
+    TOKENS,
+    WIDEST_CLUSTER,
+    BlockConfig,
+    Config,
+    TileConfig,
+)
 from pallas_kernels.selected_attention.gpu_lists import TILE, BlockLists, TileLists, block_lists, tile_lists
 from pallas_kernels.selected_attention.gpu_tiles import BLOCK, HIDDEN, ROW_LAYOUT
 
@@ -73,7 +81,8 @@ def row_terms(
 
 def padded_tokens(queries: int) -> int:
     """Tokens of `row_terms`' arrays: whole clusters of tiles, and one tile that belongs to no query."""
-    return -(-queries // (2 * TILE)) * 2 * TILE + TILE
+    cluster = WIDEST_CLUSTER * TILE
+    return -(-queries // cluster) * cluster + TILE
 
 
 def query_gradient(
