@@ -277,8 +277,8 @@ def tune(inputs: list[tuple[jax.Array, ...]], choices: list[jax.Array], record: 
     pairs = dataclasses.replace(
         base, forward=dataclasses.replace(base.forward, cluster=2), dq=dataclasses.replace(base.dq, cluster=2)
     )
-    for part in (base.dkdv.part // 2, base.dkdv.part * 2):
-        config = gpu_config.BlockConfig(base.dkdv.stages, part)
+    for part, gather in ((base.dkdv.part, True), (base.dkdv.part // 2, False), (base.dkdv.part * 2, False)):
+        config = gpu_config.BlockConfig(base.dkdv.stages, part, gather)
         lists = jax.jit(lambda x, part=part: block_lists(x, zero, queries, BLOCK, part))(chosen)
         fn = jax.jit(functools.partial(mosaic_gpu_backward.key_gradients, config, None))
         attempt(record, f"dkdv {config}", lambda: median_ms(fn, [(q, k, v, do, *rows, lists)], 3))  # noqa: B023
@@ -385,6 +385,7 @@ def main() -> None:
     parser.add_argument("--rho", type=float, nargs="+", default=RHOS)
     parser.add_argument("--inputs", type=int, default=2, help="inputs that the samples rotate among")
     parser.add_argument("--skip-checks", action="store_true", help="leave out the checks on a short input")
+    parser.add_argument("--only-tune", action="store_true", help="time nothing but the several configurations")
     parser.add_argument("--tune", type=int, default=65536, help="length at which several configurations are timed")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no length is begun")
     parser.add_argument("--json", required=True)
@@ -418,6 +419,11 @@ def main() -> None:
         config = gpu_config.heuristic(queries, HEADS, SIZE)
         at["config"] = dataclasses.asdict(config)
         inputs = [draw_tensors(queries, seed) for seed in range(args.inputs)]
+        if args.only_tune:
+            choices = [draw_choice(queries, args.rho[0], seed) for seed in range(args.inputs)]
+            attempt(at, "tuned", lambda: tune(inputs, choices, at))  # noqa: B023
+            save()
+            continue
         attempt(at, "dense_forward", lambda: median_ms(jax.jit(dense), [x[:3] for x in inputs], 3))  # noqa: B023
         fn = jax.jit(with_gradients(dense))
         attempt(at, "dense_forward_backward", lambda: median_ms(fn, inputs, 3))  # noqa: B023

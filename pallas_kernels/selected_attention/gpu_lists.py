@@ -39,7 +39,9 @@ class TileLists:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["tokens", "items", "places"], meta_fields=["parts", "slots"]
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "items", "places", "row_ends"],
+    meta_fields=["parts", "slots"],
 )
 @dataclasses.dataclass(frozen=True)
 class BlockLists:
@@ -51,6 +53,7 @@ class BlockLists:
         that see the block in part, the slot of its partial sum (-1: the part is the whole list), and the query row
         that stands at the block's first key.
       places: [R, M, 2] int32: first slot of each block and its number of slots (0: written directly).
+      row_ends: [R] int32, the place in `tokens` where each row's lists end.
       parts: the most slots that a block can have.
       slots: bound on the slots of all blocks.
     """
@@ -58,6 +61,7 @@ class BlockLists:
     tokens: Int[jax.Array, "P"]
     items: Int[jax.Array, "I 7"]
     places: Int[jax.Array, "R M 2"]
+    row_ends: Int[jax.Array, "R"]
     parts: int
     slots: int
 
@@ -196,7 +200,7 @@ def block_lists(
         ],
         axis=-1,
     )
-    return BlockLists(tokens, items, jnp.stack([first_slot, slots], axis=-1), parts, split)
+    return BlockLists(tokens, items, jnp.stack([first_slot, slots], axis=-1), starts[:, -1], parts, split)
 
 
 def split_slots(rows: int, queries: int, places: int, blocks: int, part: int) -> int:

@@ -206,6 +206,9 @@ def key_gradients(
     scale = size**-0.5 * math.log2(math.e)
     nobody = padded_tokens(queries) - 1
     stages = config.stages
+    copies = 2 * TOKENS + 2 * (1 if config.gather_terms else TOKENS)
+    if config.gather_terms:
+        shift, delta = (_terms_in_lists(x, lists, queries) for x in (shift, delta))
 
     def body(q_ref, k_ref, v_ref, do_ref, shift_ref, delta_ref, tokens_ref, items_ref, dk_ref, dv_ref, *rest):
         partial_refs = rest[: 2 * (lists.slots > 0)]
@@ -236,6 +239,9 @@ def key_gradients(
                 if causal:
                     s = jnp.where(_sees(tuple(token_at(i * TOKENS + t) for t in range(TOKENS)), origin), s, -HIDDEN)
                 row_shift = plgpu.load(shift_smem.at[stage], layout=_COLUMN_LAYOUT)
+                if config.gather_terms:
+                    there = _column_token() < end - begin - i * TOKENS
+                    row_shift = jnp.where(there, row_shift, HIDDEN)
                 p = jnp.exp2(s * scale - lax.broadcast_in_dim(row_shift, s.shape, [1]))
                 dv = tiling.add_product(dv, p.astype(q_ref.dtype), do_tile, interpret)
                 dp = tiling.product(v_smem, do_tile.transpose((1, 0)), TOKENS * ROWS)
@@ -314,11 +320,25 @@ def key_gradients(
                         heads_of = (b, token, n, pl.ds(0, ROWS))
                         plgpu.copy_gmem_to_smem(q_ref.at[heads_of], q_smem.at[stage, tile], loaded.at[stage])
                         plgpu.copy_gmem_to_smem(do_ref.at[heads_of], do_smem.at[stage, tile], loaded.at[stage])
+                        if config.gather_terms:
+                            continue
                         # Past the list's end a token stands in; the terms of a query that is not there hide it.
                         there = begin + i * TOKENS + t < end
                         terms = pl.ds(jnp.where(there, token, nobody) * ROWS, ROWS)
                         plgpu.copy_gmem_to_smem(shift_ref.at[row, terms], shift_smem.at[stage, tile], loaded.at[stage])
                         plgpu.copy_gmem_to_smem(delta_ref.at[row, terms], delta_smem.at[stage, tile], loaded.at[stage])
+
+                    if config.gather_terms:
+                        terms = pl.ds((begin + i * TOKENS) * ROWS, TOKENS * ROWS)
+
+                        @pl.when(warp == 0)
+                        def _():
+                            plgpu.copy_gmem_to_smem(shift_ref.at[terms], shift_smem.at[stage], loaded.at[stage])
+
+                        @pl.when(warp == 1)
+                        def _():
+                            plgpu.copy_gmem_to_smem(delta_ref.at[terms], delta_smem.at[stage], loaded.at[stage])
+
                     return following
 
                 lax.fori_loop(0, steps, fetch, tuple(token_at(t) for t in own))
@@ -344,7 +364,7 @@ def key_gradients(
             plgpu.SMEM((stages, TOKENS * ROWS), jnp.float32),
             tiling.tile_memory((BLOCK, size), jnp.float32),
             plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=4 * TOKENS, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(),
             plgpu.Barrier(),
@@ -361,15 +381,30 @@ def key_gradients(
     return dk, dv
 
 
+def _column_token() -> jax.Array:
+    """[64]: which of a group's 8 tokens a column belongs to."""
+    return plgpu.broadcasted_iota(jnp.int32, (TOKENS * ROWS,), 0, layout=_COLUMN_LAYOUT) // ROWS
+
+
 def _sees(tokens: tuple[jax.Array, ...], origin: jax.Array) -> jax.Array:
     """[64, 64]: the column's token, tokens[column // 8], is at or past the row's key of the block at `origin`."""
-    column = plgpu.broadcasted_iota(jnp.int32, (TOKENS * ROWS,), 0, layout=_COLUMN_LAYOUT) // ROWS
+    column = _column_token()
     place = jnp.full(column.shape, tokens[0] - origin, jnp.int32)
     for i, token in enumerate(tokens[1:], 1):
         place = jnp.where(column == i, token - origin, place)
     shape = (BLOCK, TOKENS * ROWS)
     key = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
     return key <= lax.broadcast_in_dim(place, shape, [1])
+
+
+def _terms_in_lists(x: jax.Array, lists: BlockLists, queries: int) -> jax.Array:
+    """The 8 rows of each token of the lists [P * 8], and one group's more, which is never seen."""
+    rows = x.shape[0]
+    # Lists of one row after another; what follows the last row's belongs to no block.
+    ends = lists.row_ends
+    row = jnp.searchsorted(ends, jnp.arange(lists.tokens.shape[0], dtype=jnp.int32), side="right")
+    terms = x.reshape(rows, -1, ROWS)[jnp.minimum(row, rows - 1), jnp.minimum(lists.tokens, queries - 1)]
+    return jnp.pad(terms.reshape(-1), (0, TOKENS * ROWS))
 
 
 def _with_parts(x: jax.Array, parts: jax.Array, lists: BlockLists, heads: int) -> jax.Array:

@@ -17,9 +17,9 @@ from pallas_kernels.specs import SPECS
 BLOCK = 64
 
 
-def small_config(cluster=1, part=8):
+def small_config(cluster=1, part=8, gather_terms=False):
     tiles = gpu_config.TileConfig(stages=2, cluster=cluster)
-    return gpu_config.Config(forward=tiles, dq=tiles, dkdv=gpu_config.BlockConfig(stages=2, part=part))
+    return gpu_config.Config(forward=tiles, dq=tiles, dkdv=gpu_config.BlockConfig(2, part, gather_terms))
 
 
 def draw(shape, seed, dtype, end=None):
@@ -120,8 +120,17 @@ def test_blocks_fetched_by_two_thread_blocks_at_once():
     )
 
 
-def test_wide_heads_and_whole_lists():
-    compare(jnp.bfloat16, 8, 128, queries=33, keys=97, places=1, q_offset=64, config=small_config(part=64))
+def test_wide_heads_whole_lists_and_gathered_terms():
+    compare(
+        jnp.bfloat16,
+        8,
+        128,
+        queries=33,
+        keys=97,
+        places=1,
+        q_offset=64,
+        config=small_config(part=64, gather_terms=True),
+    )
 
 
 def lowered(spec, config=None):
