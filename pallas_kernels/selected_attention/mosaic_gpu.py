@@ -13,14 +13,19 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Float32, Int
 
 from pallas_kernels.common import EMPTY_LSE, ArrayLike, Scalar, block_total, resolve_lengths, zero_where
 from pallas_kernels.selected_attention import gpu_config
 from pallas_kernels.selected_attention import gpu_tiles as tiling
+from pallas_kernels.selected_attention import mosaic_gpu_backward as backward
 from pallas_kernels.selected_attention.gpu_config import CONSUMERS, ROWS, TOKENS
-from pallas_kernels.selected_attention.gpu_lists import TILE, TileLists, tile_lists, visible_choice
+from pallas_kernels.selected_attention.gpu_lists import TILE, TileLists, block_lists, tile_lists, visible_choice
 from pallas_kernels.selected_attention.gpu_tiles import BLOCK, HIDDEN, ROW_LAYOUT
+
+SAVED = ("selected_output", "selected_lse")
+"""Names of what the gradient keeps besides its inputs, for `jax.checkpoint_policies.save_only_these_names`."""
 
 
 def selected_attention(
@@ -115,16 +120,37 @@ def _attend(
     return _attend_forward(config, interpret, q, k, v, chosen, length, q_offset)[0]
 
 
-def _attend_forward(config, interpret, q, k, v, chosen, length, q_offset):
+def _attend_forward(
+    config: gpu_config.Config,
+    interpret: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    chosen: jax.Array,
+    length: jax.Array,
+    q_offset: jax.Array,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
     lists = tile_lists(chosen, length, q_offset, k.shape[1], BLOCK, config.forward.cluster)
-    o, lse = forward(config.forward, interpret, q, k, v, lists)
-    return (o, lse), (q, k, v, chosen, length, q_offset, o, lse)
+    results = forward(config.forward, interpret, q, k, v, lists)
+    o, lse = (checkpoint_name(x, name) for x, name in zip(results, SAVED, strict=True))
+    if config.dq.cluster != config.forward.cluster:
+        lists = tile_lists(chosen, length, q_offset, k.shape[1], BLOCK, config.dq.cluster)
+    return (o, lse), (q, k, v, chosen, q_offset, lists, o, lse)
 
 
-def _attend_backward(config, interpret, saved, cotangents):
-    from pallas_kernels.selected_attention import mosaic_gpu_backward
-
-    return (*mosaic_gpu_backward.gradients(config, interpret, saved, cotangents), None, None, None)
+def _attend_backward(
+    config: gpu_config.Config,
+    interpret: Any,
+    saved: tuple[Any, ...],
+    cotangents: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array | None, ...]:
+    q, k, v, chosen, q_offset, lists, o, lse = saved
+    do, dlse = cotangents
+    shift, delta = backward.row_terms(o, lse, do, dlse)
+    dq = backward.query_gradient(config.dq, interpret, q, k, v, do, shift, delta, lists)
+    queries_of = block_lists(chosen, q_offset, k.shape[1], BLOCK, config.dkdv.part)
+    dk, dv = backward.key_gradients(config.dkdv, interpret, q, k, v, do, shift, delta, queries_of)
+    return dq, dk, dv, None, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

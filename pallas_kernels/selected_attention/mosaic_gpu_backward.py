@@ -19,41 +19,15 @@ from pallas_kernels.selected_attention.gpu_config import (
     TOKENS,
     WIDEST_CLUSTER,
     BlockConfig,
-    Config,
     TileConfig,
 )
-from pallas_kernels.selected_attention.gpu_lists import TILE, BlockLists, TileLists, block_lists, tile_lists
+from pallas_kernels.selected_attention.gpu_lists import TILE, BlockLists, TileLists
 from pallas_kernels.selected_attention.gpu_tiles import BLOCK, HIDDEN, ROW_LAYOUT
 
 WARPS = 4
 """Warps of a warpgroup."""
 
 _COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
-
-
-def gradients(
-    config: Config, interpret: Any, saved: tuple[jax.Array, ...], cotangents: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v.
-
-    Args:
-      config: tile configurations.
-      interpret: parameters of Pallas's GPU interpreter; None compiles.
-      saved: q, k and v in whole blocks, visible choice, lengths, q_offset, output and log-sum-exp.
-      cotangents: of the output and of the log-sum-exp.
-
-    Returns:
-      Gradients in the dtypes of q, k and v.
-    """
-    q, k, v, chosen, length, q_offset, o, lse = saved
-    do, dlse = cotangents
-    shift, delta = row_terms(o, lse, do, dlse)
-    keys = k.shape[1]
-    lists = tile_lists(chosen, length, q_offset, keys, BLOCK, config.dq.cluster)
-    dq = query_gradient(config.dq, interpret, q, k, v, do, shift, delta, lists)
-    queries_of = block_lists(chosen, q_offset, keys, BLOCK, config.dkdv.part)
-    dk, dv = key_gradients(config.dkdv, interpret, q, k, v, do, shift, delta, queries_of)
-    return dq, dk, dv
 
 
 def row_terms(
