@@ -317,6 +317,32 @@ def small_checks(record: dict[str, Any]) -> bool:
     return all(fine(record[name]) for name in ("small", "sink, split", "ragged"))
 
 
+def check_other_shape() -> dict[str, float]:
+    """Two batch rows, four query heads of 64, float16, later queries, ragged: against the float32 reference."""
+    batch, queries, heads, group, size, offset = 2, 300, 2, 4, 64, 100
+    keys, lengths = queries + offset, jnp.array([400, 371], jnp.int32)
+    draw = [jax.random.normal(jax.random.key(i), (batch, keys, heads, size), jnp.float16) for i in range(2)]
+    rows = [jax.random.normal(jax.random.key(i), (batch, queries, heads, group, size), jnp.float16) for i in (2, 3)]
+    current = ((offset + jnp.arange(queries)) // BLOCK)[None, :, None, None]
+    earlier = jax.random.bits(jax.random.key(4), (batch, queries, heads, 1), jnp.uint8) % current
+    index = jnp.concatenate([earlier, jnp.broadcast_to(current, earlier.shape)], axis=-1).astype(jnp.int32)
+    options = {"block_size": BLOCK, "q_offset": jnp.int32(offset), "lengths": lengths}
+
+    def run(attend: Callable[..., Any], dtype: Any) -> Any:
+        tensors = [x.astype(dtype) for x in (rows[0], *draw, rows[1])]
+
+        def both(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> Any:
+            with jax.default_matmul_precision("highest"):
+                (o, lse), back = jax.vjp(lambda q, k, v: attend(q, k, v, index, **options), q, k, v)
+                return o, *back((do, jnp.zeros_like(lse)))
+
+        return jax.jit(both)(*tensors)
+
+    actual, expected = run(mosaic_gpu.selected_attention, jnp.float16), run(reference.selected_attention, jnp.float32)
+    names = ("o", "dq", "dk", "dv")
+    return {name: relative_error(a, b) for name, a, b in zip(names, actual, expected, strict=True)}
+
+
 def fine(errors: dict[str, Any]) -> bool:
     """Whether every error is below 2e-2 and nothing failed."""
     return all(
@@ -421,6 +447,7 @@ def main() -> None:
         inputs = [draw_tensors(queries, seed) for seed in range(args.inputs)]
         if args.only_tune:
             choices = [draw_choice(queries, args.rho[0], seed) for seed in range(args.inputs)]
+            attempt(at, "other shape", check_other_shape)
             attempt(at, "tuned", lambda: tune(inputs, choices, at))  # noqa: B023
             save()
             continue
