@@ -179,7 +179,6 @@ def test_data_that_fails_on_the_way_is_told_after_saving(run, tmp_path: Path) ->
     [
         ({"kernel": "mosaic_tpu"}, "mosaic_tpu"),
         ({"kernel": "fast"}, "implementation is 'fast', expected"),
-        ({"attention": "dense"}, "dense attention supports Q = 1"),
     ],
 )
 def test_what_cannot_run_is_told_in_one_sentence(run, tmp_path: Path, changes: dict, message: str) -> None:
