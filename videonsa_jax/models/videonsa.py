@@ -194,7 +194,5 @@ class VideoNSA(nnx.Module):
                 "said to share the text before their video (rows_share_prefix)"
             )
         if rows > 1 and attention == "nsa" and self.config.nsa.dialect == "released":
-            raise ValueError(
-                f'VideoNSA: the dialect "released" supports Q = 1 text row a context only, got Q = {rows}'
-            )
+            raise ValueError(f'VideoNSA: the dialect "released" supports Q = 1 text row a context only, got Q = {rows}')
         return attention
