@@ -44,7 +44,7 @@ def _kernel(scalars, entries, bounds, q, k, v, do, lse, delta, *rest, plan: Plan
         dot = functools.partial(jax.lax.dot_general, precision=plan.precision, preferred_element_type=jnp.float32)
 
         def step(i, _):
-            blocks, words = steps_.read_step(entries, tile, start + i * plan.step_blocks, end, scalars[1], plan)
+            blocks, words = steps_.read_step(entries, tile, start, end, i, scalars[1], plan)
             bias = steps_.hidden_bias(blocks, words, first_query + tile * TILE, scalars[1], plan)
             k_step, v_step = steps_.fetch(k, blocks, plan), steps_.fetch(v, blocks, plan)
             weights = jnp.exp2(steps_.scaled_logits(q_tile, k_step, bias, plan) - top)

@@ -15,9 +15,9 @@ from pallas_kernels.selected_attention.mosaic_tpu_steps import TILE, TILES, Plan
 
 def _kernel(scalars, entries, bounds, q, k, v, *rest, plan: Plan, carried: bool):
     if carried:
-        o_before, lse_before, o, lse, state = rest
+        o_before, lse_before, o, lse, state, logits, weights = rest
     else:
-        o, lse, state = rest
+        o, lse, state, logits, weights = rest
         o_before = lse_before = None
     rows = plan.rows
     first_query = scalars[0] + pl.program_id(2) * (TILES * TILE)
@@ -35,26 +35,35 @@ def _kernel(scalars, entries, bounds, q, k, v, *rest, plan: Plan, carried: bool)
             total = jnp.zeros((rows, 1), jnp.float32)
             state[...] = jnp.zeros_like(state)
 
-        def step(i, carry):
-            top, total = carry
-            blocks, words = steps_.read_step(entries, tile, start + i * plan.step_blocks, end, scalars[1], plan)
-            bias = steps_.hidden_bias(blocks, words, first_query + tile * TILE, scalars[1], plan)
-            logits = steps_.scaled_logits(q_tile, steps_.fetch(k, blocks, plan), bias, plan)
-            new_top = jnp.maximum(top, jnp.max(logits, axis=1, keepdims=True))
-            weights = jnp.exp2(logits - new_top)
-            shrink = jnp.exp2(top - new_top)
-            total = shrink * total + jnp.sum(weights, axis=1, keepdims=True)
+        logits[...] = jnp.full_like(logits, steps_.HIDDEN)
+        weights[...] = jnp.zeros_like(weights)
+
+        def step(i, here, carry):
+            """Sums the values of step i, weighs the keys of the next, multiplies queries with those of the one after."""
+            top, total, shrink = carry
+            blocks, _ = steps_.read_step(entries, tile, start, end, i, scalars[1], plan)
             v_step = steps_.fetch(v, blocks, plan)
             state[...] = shrink * state[...] + jnp.dot(
-                weights.astype(v_step.dtype),
-                v_step,
-                precision=plan.precision,
-                preferred_element_type=jnp.float32,
+                weights[here], v_step, precision=plan.precision, preferred_element_type=jnp.float32
             )
-            return new_top, total
+
+            next_logits = logits[1 - here]
+            new_top = jnp.maximum(top, jnp.max(next_logits, axis=1, keepdims=True))
+            next_weights = jnp.exp2(next_logits - new_top)
+            shrink = jnp.exp2(top - new_top)
+            total = shrink * total + jnp.sum(next_weights, axis=1, keepdims=True)
+            weights[1 - here] = next_weights.astype(weights.dtype)
+
+            blocks, words = steps_.read_step(entries, tile, start, end, i + 2, scalars[1], plan)
+            bias = steps_.hidden_bias(blocks, words, first_query + tile * TILE, scalars[1], plan)
+            logits[here] = steps_.scaled_logits(q_tile, steps_.fetch(k, blocks, plan), bias, plan)
+            return new_top, total, shrink
+
+        def two_steps(i, carry):
+            return step(2 * i - 1, 1, step(2 * i - 2, 0, carry))
 
         steps = pl.cdiv(end - start, plan.step_blocks)
-        top, total = jax.lax.fori_loop(0, steps, step, (top, total))
+        top, total, _ = jax.lax.fori_loop(0, pl.cdiv(steps + 2, 2), two_steps, (top, total, jnp.ones_like(top)))
         empty = total == 0.0
         safe = jnp.where(empty, 1.0, total)
         o[0, 0, :, place, :] = (state[...] / safe).astype(o.dtype).reshape(plan.group, TILE, plan.head_dim)
@@ -86,7 +95,11 @@ def forward_chunk(scalars, entries, bounds, q, k, v, before, plan: Plan, out_dty
             grid=(batch, heads, tokens // (TILES * TILE)),
             in_specs=in_specs,
             out_specs=[q_spec, lse_spec],
-            scratch_shapes=[pltpu.VMEM((plan.rows, size), jnp.float32)],
+            scratch_shapes=[
+                pltpu.VMEM((plan.rows, size), jnp.float32),
+                pltpu.VMEM((2, plan.rows, plan.step_keys), jnp.float32),
+                pltpu.VMEM((2, plan.rows, plan.step_keys), v.dtype),
+            ],
         ),
         out_shape=out_shape,
         compiler_params=tpu.compiler_params(("parallel", "parallel", "parallel"), plan.vmem_limit),

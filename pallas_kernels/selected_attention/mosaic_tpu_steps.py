@@ -115,12 +115,15 @@ def columns(lanes, rows):
     return square[:rows, :1]
 
 
-def read_step(entries, tile, first, end, chunk, plan):
+def read_step(entries, tile, start, end, step, chunk, plan):
+    """Blocks and words; a place outside start to end reads block 0 for no query."""
+    first = jnp.clip(start + step * plan.step_blocks, start, end)
     blocks, words = [], []
     for j in range(plan.step_blocks):
         entry = entries[0, 0, 0, tile, first + j]
         inside = first + j < end
-        blocks.append(jnp.where(inside, jax.lax.shift_right_logical(entry, TILE) - chunk * plan.chunk_blocks, 0))
+        block = jax.lax.shift_right_logical(entry, TILE) - chunk * plan.chunk_blocks
+        blocks.append(jnp.where(inside, block, 0))
         words.append(jnp.where(inside, entry, 0))
     return blocks, words
 
