@@ -87,14 +87,13 @@ def _attend_forward(
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
     plan = make_plan(_OPERATION, q, k.shape[1], lists.entries.shape[-1], block_size, backward=False)
     queries = _padded_queries(q.shape[1])
-    entries = _padded_entries(lists, queries, plan)
     q_rows = tpu.group_major(q, queries)
     chunks = _chunks(plan, k), _chunks(plan, v), jnp.arange(plan.chunks)
 
     def chunk_body(before: Any, chunk: Any) -> tuple[Any, None]:
         k, v, i = chunk
-        scalars = jnp.stack([q_offset, i])
-        bounds = _bounds(lists, queries, i, plan)
+        scalars = (q_offset - i * plan.chunk_keys)[None]
+        entries, bounds = _lists_of_chunk(lists, queries, i, plan)
         out_dtype = q.dtype if plan.chunks == 1 else jnp.float32
         return tuple(forward_chunk(scalars, entries, bounds, q_rows, k, v, before, plan, out_dtype)), None
 
@@ -108,15 +107,14 @@ def _attend_backward(block_size: int, saved: Any, cotangents: tuple[jax.Array, j
     do, dlse = (zero_where(past, x) for x in cotangents)
     plan = make_plan(_OPERATION, q, k.shape[1], lists.entries.shape[-1], block_size, backward=True)
     queries = _padded_queries(q.shape[1])
-    entries = _padded_entries(lists, queries, plan)
     delta = (do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1) - dlse
     rows = *(tpu.group_major(x, queries) for x in (q, do)), *(_to_tiles(x, queries) for x in (lse, delta))
     chunks = _chunks(plan, k), _chunks(plan, v), jnp.arange(plan.chunks)
 
     def chunk_body(dq: Any, chunk: Any) -> tuple[Any, Any]:
         k, v, i = chunk
-        scalars = jnp.stack([q_offset, i])
-        bounds = _bounds(lists, queries, i, plan)
+        scalars = (q_offset - i * plan.chunk_keys)[None]
+        entries, bounds = _lists_of_chunk(lists, queries, i, plan)
         q_rows, do_rows, lse, delta = rows
         dq, dk, dv = backward_chunk(scalars, entries, bounds, q_rows, k, v, do_rows, lse, delta, dq, plan)
         return dq, ((dk * plan.scale).astype(q.dtype), dv.astype(q.dtype))
@@ -143,31 +141,37 @@ def _over_chunks(body: Callable[[Any, Any], tuple[Any, Any]], chunks: Any) -> tu
     return carry, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), first, later)
 
 
-def _chunks(plan: Plan, x: Float[jax.Array, "B S N D"]) -> Float[jax.Array, "chunks B N C D"]:
+def _chunks(plan: Plan, x: Float[jax.Array, "B S N D"]) -> Float[jax.Array, "chunks B N blocks s D"]:
     x = tpu.keys_head_major(x, plan.chunks * plan.chunk_keys)
-    return jnp.moveaxis(x.reshape(*x.shape[:2], plan.chunks, plan.chunk_keys, x.shape[3]), 2, 0)
+    blocks = x.reshape(*x.shape[:2], plan.chunks, plan.chunk_blocks, plan.block_size, x.shape[3])
+    return jnp.moveaxis(blocks, 2, 0)
 
 
-def _from_chunks(x: Float[jax.Array, "chunks B N C D"], keys: int) -> Float[jax.Array, "B S N D"]:
+def _from_chunks(x: Float[jax.Array, "chunks B N blocks s D"], keys: int) -> Float[jax.Array, "B S N D"]:
     x = jnp.moveaxis(x, 0, 2)
-    return jnp.moveaxis(x.reshape(*x.shape[:2], -1, x.shape[4])[:, :, :keys], 1, 2)
+    return jnp.moveaxis(x.reshape(*x.shape[:2], -1, x.shape[-1])[:, :, :keys], 1, 2)
 
 
-def _padded_entries(lists: tile_lists.TileLists, queries: int, plan: Plan) -> Int[jax.Array, "B N steps 8 L"]:
-    entries = tpu.pad_axis(tpu.pad_axis(lists.entries, 2, queries // TILE), 3, plan.places)
-    return entries.reshape(*entries.shape[:2], -1, TILES, plan.places)
-
-
-def _bounds(
+def _lists_of_chunk(
     lists: tile_lists.TileLists, queries: int, chunk: jax.Array, plan: Plan
-) -> Int[jax.Array, "B N steps 1 places"]:
-    """First entry of each tile in a chunk of keys, and one past its last."""
+) -> tuple[Int[jax.Array, "B N steps 8 places"], Int[jax.Array, "B N steps 1 bounds"]]:
+    """The lists with blocks counted from the chunk's first, 0 outside it; each tile's first step and their number."""
+    entries = lists.entries
     if plan.chunks == 1:
-        bounds = jnp.stack([jnp.zeros_like(lists.counts), lists.counts], axis=-1)
+        start, end = jnp.zeros_like(lists.counts), lists.counts
     else:
-        bounds = jnp.stack([lists.before((chunk + i) * plan.chunk_blocks) for i in (0, 1)], axis=-1)
-    bounds = tpu.pad_axis(bounds, 2, queries // TILE)
-    return bounds.reshape(*bounds.shape[:2], -1, 1, 2 * TILES)
+        start, end = (lists.before((chunk + i) * plan.chunk_blocks) for i in (0, 1))
+        place = jnp.arange(entries.shape[-1])
+        inside = (place >= start[..., None]) & (place < end[..., None])
+        entries = jnp.where(inside, entries - (chunk * plan.chunk_blocks << tile_lists.MASK_BITS), 0)
+    first_step = start // plan.step_blocks
+    steps = jnp.where(end > start, -(-end // plan.step_blocks) - first_step, 0)
+    bounds = tpu.pad_axis(jnp.stack([first_step, steps], axis=-1), 2, queries // TILE)
+    entries = tpu.pad_axis(tpu.pad_axis(entries, 2, queries // TILE), 3, plan.places)
+    return (
+        entries.reshape(*entries.shape[:2], -1, TILES, plan.places),
+        bounds.reshape(*bounds.shape[:2], -1, 1, 2 * TILES),
+    )
 
 
 def _to_tiles(x: Float32[jax.Array, "B T N G"], queries: int) -> Float32[jax.Array, "B N tiles 128"]:

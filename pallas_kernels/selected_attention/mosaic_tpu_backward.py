@@ -28,15 +28,14 @@ def _kernel(scalars, entries, bounds, q, k, v, do, lse, delta, *rest, plan: Plan
     @pl.when(i == 0)
     def _():
         def clear(block, _):
-            keys = pl.ds(pl.multiple_of(block * s, s), s)
-            dk_state[keys, :] = dv_state[keys, :] = jnp.zeros((s, plan.head_dim), jnp.float32)
+            dk_state[block] = dv_state[block] = jnp.zeros((s, plan.head_dim), jnp.float32)
             return 0
 
         jax.lax.fori_loop(0, plan.chunk_blocks, clear, 0)
 
     def tile_body(tile, _):
         place = pl.ds(pl.multiple_of(tile * TILE, TILE), TILE)
-        start, end = bounds[0, 0, 0, 0, 2 * tile], bounds[0, 0, 0, 0, 2 * tile + 1]
+        first_step, steps = bounds[0, 0, 0, 0, 2 * tile], bounds[0, 0, 0, 0, 2 * tile + 1]
         q_tile, do_tile = steps_.rows_of(q, place), steps_.rows_of(do, place)
         top = steps_.columns(lse[0, 0, pl.ds(tile, 1), :], rows) * tpu.LOG2_E
         shift = steps_.columns(delta[0, 0, pl.ds(tile, 1), :], rows)
@@ -44,22 +43,22 @@ def _kernel(scalars, entries, bounds, q, k, v, do, lse, delta, *rest, plan: Plan
         dot = functools.partial(jax.lax.dot_general, precision=plan.precision, preferred_element_type=jnp.float32)
 
         def step(i, _):
-            blocks, words = steps_.read_step(entries, tile, start, end, i, scalars[1], plan)
-            bias = steps_.hidden_bias(blocks, words, first_query + tile * TILE, scalars[1], plan)
-            k_step, v_step = steps_.fetch(k, blocks, plan), steps_.fetch(v, blocks, plan)
+            step_entries = steps_.read_step(entries, tile, first_step + i, plan)
+            bias = steps_.hidden_bias(step_entries, first_query + tile * TILE, plan)
+            k_step, v_step = steps_.fetch(k, step_entries), steps_.fetch(v, step_entries)
             weights = jnp.exp2(steps_.scaled_logits(q_tile, k_step, bias, plan) - top)
             dweights = dot(do_tile, v_step, (((1,), (1,)), ((), ())))
             dlogits = (weights * (dweights - shift)).astype(q_tile.dtype)
             dq_state[...] += dot(dlogits, k_step, (((1,), (0,)), ((), ())))
             dv_step = dot(weights.astype(do_tile.dtype), do_tile, (((0,), (0,)), ((), ())))
             dk_step = dot(dlogits, q_tile, (((0,), (0,)), ((), ())))
-            for j, block in enumerate(blocks):
-                keys = pl.ds(pl.multiple_of(block * s, s), s)
-                dv_state[keys, :] += dv_step[j * s : (j + 1) * s]
-                dk_state[keys, :] += dk_step[j * s : (j + 1) * s]
+            for j, entry in enumerate(step_entries):
+                block = steps_.block_of(entry)
+                dv_state[block] += dv_step[j * s : (j + 1) * s]
+                dk_state[block] += dk_step[j * s : (j + 1) * s]
             return 0
 
-        jax.lax.fori_loop(0, pl.cdiv(end - start, plan.step_blocks), step, 0)
+        jax.lax.fori_loop(0, steps, step, 0)
         result = dq_state[...] * plan.scale
         if carried:
             result += steps_.rows_of(dq_before, place)
@@ -82,7 +81,6 @@ def _kernel(scalars, entries, bounds, q, k, v, do, lse, delta, *rest, plan: Plan
 
 def backward_chunk(scalars, entries, bounds, q, k, v, do, lse, delta, dq_before, plan: Plan):
     batch, heads, group, tokens, size = q.shape
-    keys = k.shape[2]
     carried = dq_before is not None
     q_spec, lse_spec, kv_spec, list_specs = steps_.specs(plan, entries.shape[-1])
     in_specs = [*list_specs, q_spec, kv_spec, kv_spec, q_spec, lse_spec, lse_spec]
@@ -91,7 +89,7 @@ def backward_chunk(scalars, entries, bounds, q, k, v, do, lse, delta, dq_before,
         in_specs.append(q_spec)
         inputs.append(dq_before)
     hbm = pl.BlockSpec(memory_space=pl.ANY)
-    pairs = 1.0 * batch * heads * tokens * group * min(entries.shape[-1], keys // plan.block_size) * plan.block_size
+    pairs = 1.0 * batch * heads * tokens * group * min(entries.shape[-1], plan.chunk_blocks) * plan.block_size
     out_shape = [
         jax.ShapeDtypeStruct(q.shape, jnp.float32),
         *[jax.ShapeDtypeStruct(k.shape, jnp.float32)] * 2,
@@ -105,7 +103,7 @@ def backward_chunk(scalars, entries, bounds, q, k, v, do, lse, delta, dq_before,
             out_specs=[q_spec, hbm, hbm],
             scratch_shapes=[
                 pltpu.VMEM((plan.rows, size), jnp.float32),
-                *[pltpu.VMEM((keys, size), jnp.float32)] * 2,
+                *[pltpu.VMEM(k.shape[2:], jnp.float32)] * 2,
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),

@@ -24,7 +24,7 @@ def _kernel(scalars, entries, bounds, q, k, v, *rest, plan: Plan, carried: bool)
 
     def tile_body(tile, _):
         place = pl.ds(pl.multiple_of(tile * TILE, TILE), TILE)
-        start, end = bounds[0, 0, 0, 0, 2 * tile], bounds[0, 0, 0, 0, 2 * tile + 1]
+        first_step, steps = bounds[0, 0, 0, 0, 2 * tile], bounds[0, 0, 0, 0, 2 * tile + 1]
         q_tile = steps_.rows_of(q, place)
         if carried:
             top = steps_.columns(lse_before[0, 0, pl.ds(tile, 1), :], rows) * tpu.LOG2_E
@@ -41,8 +41,7 @@ def _kernel(scalars, entries, bounds, q, k, v, *rest, plan: Plan, carried: bool)
         def step(i, here, carry):
             """Sums the values of step i, weighs the keys of the next, multiplies queries with those of the one after."""
             top, total, shrink = carry
-            blocks, _ = steps_.read_step(entries, tile, start, end, i, scalars[1], plan)
-            v_step = steps_.fetch(v, blocks, plan)
+            v_step = steps_.fetch(v, steps_.read_step(entries, tile, jnp.maximum(i, 0), plan))
             state[...] = shrink * state[...] + jnp.dot(
                 weights[here], v_step, precision=plan.precision, preferred_element_type=jnp.float32
             )
@@ -54,15 +53,15 @@ def _kernel(scalars, entries, bounds, q, k, v, *rest, plan: Plan, carried: bool)
             total = shrink * total + jnp.sum(next_weights, axis=1, keepdims=True)
             weights[1 - here] = next_weights.astype(weights.dtype)
 
-            blocks, words = steps_.read_step(entries, tile, start, end, i + 2, scalars[1], plan)
-            bias = steps_.hidden_bias(blocks, words, first_query + tile * TILE, scalars[1], plan)
-            logits[here] = steps_.scaled_logits(q_tile, steps_.fetch(k, blocks, plan), bias, plan)
+            step_entries = steps_.read_step(entries, tile, i + 2, plan)
+            bias = steps_.hidden_bias(step_entries, first_query + tile * TILE, plan)
+            logits[here] = steps_.scaled_logits(q_tile, steps_.fetch(k, step_entries), bias, plan)
             return new_top, total, shrink
 
         def two_steps(i, carry):
-            return step(2 * i - 1, 1, step(2 * i - 2, 0, carry))
+            i = first_step + 2 * i - 2
+            return step(i + 1, 1, step(i, 0, carry))
 
-        steps = pl.cdiv(end - start, plan.step_blocks)
         top, total, _ = jax.lax.fori_loop(0, pl.cdiv(steps + 2, 2), two_steps, (top, total, jnp.ones_like(top)))
         empty = total == 0.0
         safe = jnp.where(empty, 1.0, total)
@@ -83,7 +82,7 @@ def forward_chunk(scalars, entries, bounds, q, k, v, before, plan: Plan, out_dty
     if carried:
         in_specs += [q_spec, lse_spec]
         inputs += list(before)
-    pairs = 1.0 * batch * heads * tokens * group * min(entries.shape[-1], k.shape[2] // plan.block_size) * plan.block_size
+    pairs = 1.0 * batch * heads * tokens * group * min(entries.shape[-1], k.shape[2]) * plan.block_size
     out_shape = [
         jax.ShapeDtypeStruct(q.shape, out_dtype),
         jax.ShapeDtypeStruct((batch, heads, tokens // TILE, tpu.LANES), jnp.float32),

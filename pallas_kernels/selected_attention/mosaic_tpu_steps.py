@@ -71,7 +71,7 @@ def make_plan(
     *_, group, size = q.shape
     step_keys = STEP_KEYS
     step_blocks = step_keys // block_size
-    places = -(-(places + step_blocks) // tpu.LANES) * tpu.LANES
+    places = -(-(places + 4 * step_blocks) // tpu.LANES) * tpu.LANES
     lists = 2 * TILES * places * 4
     if lists > tpu.target_chip().smem_bytes // 2:
         raise NotImplementedError(
@@ -115,38 +115,37 @@ def columns(lanes, rows):
     return square[:rows, :1]
 
 
-def read_step(entries, tile, start, end, step, chunk, plan):
-    """Blocks and words; a place outside start to end reads block 0 for no query."""
-    first = jnp.clip(start + step * plan.step_blocks, start, end)
-    blocks, words = [], []
-    for j in range(plan.step_blocks):
-        entry = entries[0, 0, 0, tile, first + j]
-        inside = first + j < end
-        block = jax.lax.shift_right_logical(entry, TILE) - chunk * plan.chunk_blocks
-        blocks.append(jnp.where(inside, block, 0))
-        words.append(jnp.where(inside, entry, 0))
-    return blocks, words
+def read_step(entries, tile, step, plan):
+    """Entries of one step; past the tile's last step an entry of 0 is block 0, which no query reads."""
+    return [entries[0, 0, 0, tile, step * plan.step_blocks + j] for j in range(plan.step_blocks)]
 
 
-def fetch(ref, blocks, plan):
-    s = plan.block_size
-    return jnp.concatenate([ref[0, 0, pl.ds(pl.multiple_of(b * s, s), s), :] for b in blocks], axis=0)
+def block_of(entry):
+    """The block's place in the chunk."""
+    return jax.lax.shift_right_logical(entry, TILE)
 
 
-def hidden_bias(blocks, words, first_query, chunk, plan):
-    s = plan.block_size
-    per = tpu.LANES // s
-    lane = jax.lax.broadcasted_iota(jnp.int32, (TILE, tpu.LANES), 1)
-    token = jax.lax.broadcasted_iota(jnp.int32, (TILE, tpu.LANES), 0)
-    own = (lane & (s - 1)) - token
+def fetch(ref, step_entries):
+    """The step's blocks below each other."""
+    return jnp.concatenate([ref[0, 0, block_of(entry)] for entry in step_entries], axis=0)
+
+
+def hidden_bias(step_entries, first_query, plan):
+    """0 where a query reads a key, `HIDDEN` elsewhere; first_query counts from the chunk's first key."""
+    s, half = plan.block_size, tpu.SUBLANES
+    lane, query = (jax.lax.broadcasted_iota(jnp.int32, (half, tpu.LANES), axis) for axis in (1, 0))
+    per_vector = tpu.LANES // s
     pieces = []
-    for j in range(0, plan.step_blocks, per):
-        word, latest = (jnp.full((TILE, tpu.LANES), x[j + per - 1], jnp.int32) for x in (words, [first_query - chunk * plan.chunk_keys - b * s for b in blocks]))
-        for i in reversed(range(per - 1)):
-            word = jnp.where(lane < (i + 1) * s, words[j + i], word)
-            latest = jnp.where(lane < (i + 1) * s, first_query - chunk * plan.chunk_keys - blocks[j + i] * s, latest)
-        visible = ((jax.lax.shift_right_logical(word, token) & 1) != 0) & (own <= latest)
-        pieces.append(jnp.where(visible, 0.0, HIDDEN))
+    for j in range(0, plan.step_blocks, per_vector):
+        entry = jnp.full((half, tpu.LANES), step_entries[j + per_vector - 1], jnp.int32)
+        for i in reversed(range(per_vector - 1)):
+            entry = jnp.where(lane < (i + 1) * s, step_entries[j + i], entry)
+        key = block_of(entry) * s + (lane & (s - 1))
+        halves = []
+        for query_in_tile in (query, query + half):
+            chosen = (jax.lax.shift_right_logical(entry, query_in_tile) & 1) != 0
+            halves.append(jnp.where(chosen & (key <= first_query + query_in_tile), 0.0, HIDDEN))
+        pieces.append(jnp.concatenate(halves, axis=0))
     return jnp.concatenate(pieces, axis=1)
 
 
@@ -165,7 +164,9 @@ def specs(plan, places):
         pl.BlockSpec((1, 1, group, TILES * TILE, size), lambda b, n, i, _: (b, n, 0, i, 0)),
         pl.BlockSpec((1, 1, TILES, tpu.LANES), lambda b, n, i, _: (b, n, i, 0)),
         pl.BlockSpec(
-            (1, 1, plan.chunk_keys, size), lambda b, n, i, _: (b, n, 0, 0), pipeline_mode=pl.Buffered(1)
+            (1, 1, plan.chunk_blocks, plan.block_size, size),
+            lambda b, n, i, _: (b, n, 0, 0, 0),
+            pipeline_mode=pl.Buffered(1),
         ),
         (
             pl.BlockSpec((1, 1, 1, TILES, places), lambda b, n, i, _: (b, n, i, 0, 0), memory_space=pltpu.SMEM),
