@@ -19,7 +19,7 @@ from pallas_kernels.selected_attention.mosaic_tpu_steps import TILE, TILES, Plan
 
 def _kernel(scalars, entries, bounds, q, k, v, do, lse, delta, *rest, plan: Plan, carried: bool):
     dq_before = rest[0] if carried else None
-    dq, dk, dv, dq_state, dk_state, dv_state, tops, shifts, weights, dlogits, semaphores = rest[carried:]
+    dq, dk, dv, dq_state, dk_state, dv_state, tops, shifts, products, factors, semaphores = rest[carried:]
     rows, s = plan.rows, plan.block_size
     b, n, i = (pl.program_id(axis) for axis in range(3))
     last = pl.num_programs(2) - 1
@@ -43,8 +43,8 @@ def _kernel(scalars, entries, bounds, q, k, v, do, lse, delta, *rest, plan: Plan
     jax.lax.fori_loop(0, TILES, spread, 0)
     # What the first step of the pipeline finds.
     dq_state[...] = jnp.zeros_like(dq_state)
-    weights[...] = jnp.zeros_like(weights)
-    dlogits[...] = jnp.zeros_like(dlogits)
+    products[...] = jnp.full_like(products, steps_.HIDDEN)
+    factors[...] = jnp.zeros_like(factors)
 
     def finish(place):
         tokens = steps_.tokens_of(place)
@@ -54,38 +54,42 @@ def _kernel(scalars, entries, bounds, q, k, v, do, lse, delta, *rest, plan: Plan
         dq[0, 0, :, tokens, :] = result.reshape(plan.group, TILE, plan.head_dim)
 
     def step(_, carry):
-        """Adds up the gradients of one step, weighs the keys of the next."""
-        summed, weighed = carry
+        """Adds up the gradients of one step, weighs the keys of the next, multiplies rows and keys of the one after."""
+        summed, weighed, multiplied = carry
         step_entries = steps_.read_step(entries, summed, plan)
         tokens = steps_.tokens_of(summed)
         q_tile, do_tile = steps_.rows_of(q, tokens), steps_.rows_of(do, tokens)
-        k_step = steps_.fetch(k, step_entries)
         kept = jnp.where(summed.is_first(bounds), 0.0, 1.0)
-        dq_state[...] = kept * dq_state[...] + dot(dlogits[...], k_step, (((1,), (0,)), ((), ())))
-        dv_step = dot(weights[...], do_tile, (((0,), (0,)), ((), ())))
-        dk_step = dot(dlogits[...], q_tile, (((0,), (0,)), ((), ())))
+        dlogits = factors[rows:]
+        dq_state[...] = kept * dq_state[...] + dot(dlogits, steps_.fetch(k, step_entries), (((1,), (0,)), ((), ())))
+        dv_step = dot(factors[:rows], do_tile, (((0,), (0,)), ((), ())))
+        dk_step = dot(dlogits, q_tile, (((0,), (0,)), ((), ())))
         for j, entry in enumerate(step_entries):
             block = steps_.block_of(entry)
             dv_state[block] += dv_step[j * s : (j + 1) * s]
             dk_state[block] += dk_step[j * s : (j + 1) * s]
 
-        next_entries = steps_.read_step(entries, weighed, plan)
-        bias = steps_.hidden_bias(next_entries, first_query + weighed.tile * TILE, plan)
-        tile, tokens = jnp.minimum(weighed.tile, TILES - 1), steps_.tokens_of(weighed)
-        next_logits = steps_.scaled_logits(steps_.rows_of(q, tokens), steps_.fetch(k, next_entries), bias, plan)
-        next_weights = jnp.exp2(next_logits - steps_.over_lanes(tops[tile], plan))
-        dweights = dot(steps_.rows_of(do, tokens), steps_.fetch(v, next_entries), (((1,), (1,)), ((), ())))
-        weights[...] = next_weights.astype(weights.dtype)
-        dlogits[...] = (next_weights * (dweights - steps_.over_lanes(shifts[tile], plan))).astype(dlogits.dtype)
+        tile = jnp.minimum(jnp.maximum(weighed.tile, 0), TILES - 1)
+        next_weights = jnp.exp2(products[0] - steps_.over_lanes(tops[tile], plan))
+        factors[:rows] = next_weights.astype(factors.dtype)
+        factors[rows:] = (next_weights * (products[1] - steps_.over_lanes(shifts[tile], plan))).astype(factors.dtype)
+
+        next_entries = steps_.read_step(entries, multiplied, plan)
+        bias = steps_.hidden_bias(next_entries, first_query + multiplied.tile * TILE, plan)
+        tokens = steps_.tokens_of(multiplied)
+        k_step, v_step = steps_.fetch(k, next_entries), steps_.fetch(v, next_entries)
+        products[0] = steps_.scaled_logits(steps_.rows_of(q, tokens), k_step, bias, plan)
+        products[1] = dot(steps_.rows_of(do, tokens), v_step, (((1,), (1,)), ((), ())))
 
         @pl.when(summed.is_last(bounds))
         def _():
             finish(summed)
 
-        return weighed, weighed.next(bounds)
+        return weighed, multiplied, multiplied.next(bounds)
 
     nowhere = steps_.Place(*map(jnp.int32, steps_.NO_PLACE))
-    jax.lax.fori_loop(-1, steps_.total_steps(bounds), step, (nowhere, steps_.first_place(bounds)))
+    start = nowhere, nowhere, steps_.first_place(bounds)
+    jax.lax.fori_loop(-2, steps_.total_steps(bounds), step, start)
 
     @pl.when(i == last)
     def _():
@@ -125,7 +129,8 @@ def backward_chunk(scalars, entries, bounds, q, k, v, do, lse, delta, dq_before,
                 pltpu.VMEM((plan.rows, size), jnp.float32),
                 *[pltpu.VMEM(k.shape[2:], jnp.float32)] * 2,
                 *[pltpu.VMEM((TILES, plan.rows, tpu.LANES), jnp.float32)] * 2,
-                *[pltpu.VMEM((plan.rows, plan.step_keys), q.dtype)] * 2,
+                pltpu.VMEM((2, plan.rows, plan.step_keys), jnp.float32),
+                pltpu.VMEM((2 * plan.rows, plan.step_keys), q.dtype),
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),

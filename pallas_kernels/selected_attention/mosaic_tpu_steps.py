@@ -14,7 +14,7 @@ from pallas_kernels import tpu
 TILE = 16
 TILES = 8
 HIDDEN = -2e38
-STEP_KEYS = 512
+STEP_KEYS = 1024
 CHUNK_MULTIPLE = 128
 BOUNDS = 2 * (TILES + 1) + 1
 
