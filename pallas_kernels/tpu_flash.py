@@ -209,7 +209,7 @@ class _Call:
         return jnp.concatenate([jnp.where(last < 0, 0, first).reshape(-1), last.reshape(-1)])
 
     def query_specs(self, tile: Any) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
-        """Blocks of [B, N, G, T, D], of [B, N, G, T] and of [B, 1, T], at the tile that a function of the step names."""
+        """Blocks of [B, N, G, T, D], [B, N, G, T] and [B, 1, T], at the tile that a function of the step names."""
         count = self.tiles.queries
 
         def index(*step: Any) -> tuple[Any, ...]:
