@@ -189,7 +189,7 @@ class _Call:
     def ends(self, end: jax.Array) -> Int32[jax.Array, "B 1 T"]:
         return tpu.pad_axis(end.astype(jnp.int32), 1, self.tokens)[:, None]
 
-    def bounds(self, end: Int32[jax.Array, "B 1 T"]) -> Int32[jax.Array, "{_BOUNDS}*B*tiles"]:
+    def bounds(self, end: Int32[jax.Array, "B 1 T"]) -> Int32[jax.Array, "scalars"]:
         """Per tile of queries the keys that some query sees [low, high) and that all see [whole_low, whole_high)."""
         end = end.reshape(self.batch * self.query_tiles, self.tiles.queries)
         start = jnp.zeros_like(end) if self.window is None else jnp.maximum(end - self.window, 0)
@@ -198,7 +198,7 @@ class _Call:
         low = jnp.where(high > 0, low, 0)
         return jnp.concatenate([low, high, jnp.max(start, axis=1), jnp.min(end, axis=1)])
 
-    def reach(self, bounds: jax.Array) -> Int32[jax.Array, "2*B*key_tiles"]:
+    def reach(self, bounds: jax.Array) -> Int32[jax.Array, "scalars"]:
         """Per tile of keys the first and the last tile of queries that sees some of it; (0, -1) for none."""
         low, high = bounds.reshape(_BOUNDS, self.batch, 1, self.query_tiles)[:2]
         first_key = (jnp.arange(self.key_tiles) * self.tiles.keys)[:, None]
@@ -282,7 +282,7 @@ class _Call:
     def _flops(self, products: int) -> float:
         keys = min(self.key_tiles * self.tiles.keys, self.window or math.inf)
         pairs = self.batch * self.heads * self.group * self.tokens * keys * (1 if self.window else 0.5)
-        return 2 * products * pairs * self.size
+        return 2.0 * products * pairs * self.size
 
     def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Output [B, N, G, T, D] and log-sum-exp [B, N, G, T] of group-major queries."""
