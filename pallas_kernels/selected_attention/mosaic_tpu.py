@@ -87,7 +87,7 @@ def _attend_forward(
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
     plan = make_plan(_OPERATION, q, k.shape[1], lists.entries.shape[-1], block_size, backward=False)
     queries = _padded_queries(q.shape[1])
-    q_rows = _scaled_rows(q, queries, plan)
+    q_rows = tpu.group_major(q, queries)
     chunks = _chunks(plan, k), _chunks(plan, v), jnp.arange(plan.chunks)
 
     def chunk_body(before: Any, chunk: Any) -> tuple[Any, None]:
@@ -111,7 +111,7 @@ def _attend_backward(block_size: int, saved: Any, cotangents: tuple[jax.Array, j
     queries = _padded_queries(q.shape[1])
     delta = (do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1) - dlse
     rows = (
-        _scaled_rows(q, queries, plan),
+        tpu.group_major(q, queries),
         tpu.group_major(do, queries),
         _to_tiles(jnp.where(lse > EMPTY_LSE, lse * tpu.LOG2_E, EMPTY_LSE), queries),
         _to_tiles(delta, queries),
@@ -124,7 +124,7 @@ def _attend_backward(block_size: int, saved: Any, cotangents: tuple[jax.Array, j
         entries, bounds = _lists_of_chunk(lists, queries, i, plan)
         q_rows, do_rows, lse, delta = rows
         dq, dk, dv = backward_chunk(first_query, entries, bounds, q_rows, k, v, do_rows, lse, delta, dq, plan)
-        return dq, ((dk / tpu.LOG2_E).astype(q.dtype), dv.astype(q.dtype))
+        return dq, ((dk * plan.scale).astype(q.dtype), dv.astype(q.dtype))
 
     dq, gradients = _over_chunks(chunk_body, chunks)
     dk, dv = (_from_chunks(x, k.shape[1]) for x in gradients)
@@ -136,12 +136,6 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _padded_queries(queries: int) -> int:
     return -(-queries // (TILE * TILES)) * TILE * TILES
-
-
-def _scaled_rows(q: Float[jax.Array, "B T N G D"], queries: int, plan: Plan) -> Float[jax.Array, "B N G padded D"]:
-    """Queries whose products with keys are logits to the base of 2: one rounding each, no product per logit."""
-    scaled = q.astype(jnp.float32) * (plan.scale * tpu.LOG2_E)
-    return tpu.group_major(scaled.astype(q.dtype), queries)
 
 
 def _over_chunks(body: Callable[[Any, Any], tuple[Any, Any]], chunks: Any) -> tuple[Any, Any]:

@@ -48,8 +48,8 @@ def backward_chunk(
       plan: see there.
 
     Returns:
-      The gradients of the unscaled queries, summed up to this chunk; of the keys, to be divided by log2(e), as the
-      queries are scaled; of the values.
+      The gradients of the queries, summed up to this chunk; of the keys, still to be scaled as logits are; of the
+      values.
     """
     batch, heads, _, tokens, size = q.shape
     spec = steps.specs(plan)

@@ -32,7 +32,7 @@ def forward_chunk(
       first_query: its index, counted from the chunk's first key.
       entries: eight lists per grid step, blocks counted from the chunk's first.
       bounds: see `mosaic_tpu_steps.BOUNDS`.
-      q: queries whose products with keys are logits to the base of 2.
+      q: queries.
       k: the chunk's keys, block by block.
       v: its values.
       before: output and log-sum-exp over earlier chunks.
