@@ -94,6 +94,48 @@ def interval_attention(
     return unfold(o), unfold(lse)
 
 
+def attention_in_place(
+    q: Float[jax.Array, "B T N G D"],
+    k: Float[jax.Array, "B S N D"],
+    v: Float[jax.Array, "B S N D"],
+    end: Int[jax.Array, "B T"],
+    *,
+    name: str,
+    tiles: Tiles,
+) -> tuple[Float[jax.Array, "B T N G D"], Float32[jax.Array, "B T N G"]]:
+    """Attends to the keys [0, end) where they lie: for few queries, of which a copy of the keys would cost more.
+
+    The rows of all KV heads pass through the matrix units, and each query takes every N-th: with few lanes of queries
+    that is less work than reading the keys is. Not differentiable; nothing past the largest end is read.
+
+    Args:
+      q: queries; N * G * T at most 128.
+      k: keys, N a power of two; what no query sees may hold NaN.
+      v: values, likewise.
+      end: one past the last key that a query sees, at most S; 0 for a query that sees none.
+      name: the operation, for messages and profiles.
+      tiles: sizes for many keys; few ones take smaller tiles. A key counts N times.
+
+    Returns:
+      As `interval_attention`.
+
+    Raises:
+      NotImplementedError: a head size, group, dtype or tile that the kernels do not cover.
+    """
+    tpu.check_arrays(name, q)
+    batch, queries, heads, group, size = q.shape
+    # Row s * N + n holds key s of head n; a query sees the rows end - 1, end - 1 - N, ...
+    rows = [x.reshape(batch, -1, 1, size) for x in (k, v)]
+    row_end = jnp.where(end > 0, (end - 1) * heads + 1, 0)[..., None] + jnp.arange(heads) * (end > 0)[..., None]
+    lanes = q.reshape(batch, queries * heads * group, 1, 1, size)
+    row_end = jnp.repeat(row_end.reshape(batch, queries * heads), group, axis=1)
+    tiles = _fit(tiles, lanes.shape[1], rows[0].shape[1])
+    call = dataclasses.replace(_Call.of(lanes, rows[0], name, tiles, None), stride=heads)
+    o, lse = call.forward(call.rows(lanes), *(jnp.moveaxis(x, 1, 2) for x in rows), call.ends(row_end))
+    o, lse = (tpu.from_group_major(x, lanes.shape[1]) for x in (o, lse))
+    return o.reshape(q.shape), lse.reshape(q.shape[:-1])
+
+
 def _fit(tiles: Tiles, queries: int, keys: int) -> Tiles:
     """The tiles, no larger than the arrays."""
     chunk = min(tiles.chunk, _whole(keys, tpu.LANES))
@@ -153,6 +195,8 @@ class _Call:
     dtype: Any
     query_tiles: int
     key_tiles: int
+    stride: int | None = None
+    """Keys in place: a query sees every stride-th one before its end, and the last tile is cut off."""
 
     @classmethod
     def of(cls, q: jax.Array, k: jax.Array, name: str, tiles: Tiles, window: int | None) -> "_Call":
@@ -245,6 +289,8 @@ class _Call:
         c0, c3 = _quotient(low, chunk), _quotient(high + chunk - 1, chunk)
         c1 = jnp.clip(_quotient(whole_low + chunk - 1, chunk), c0, c3)
         c2 = jnp.clip(_quotient(whole_high, chunk), c1, c3)
+        if self.stride is not None:
+            return c0, c0, c0, c3
         return c0, c1, c2, c3
 
     def over_chunks(self, ranges: tuple[Any, Any, Any, Any], body: Any) -> None:
@@ -259,6 +305,8 @@ class _Call:
         """The mask [chunk, lanes] of the keys from `first_key` on; `end` is [1, lanes]."""
         key = first_key + jax.lax.broadcasted_iota(jnp.int32, (self.tiles.chunk, end.shape[1]), 0)
         seen = key < end
+        if self.stride is not None and self.stride > 1:
+            seen &= ((end - 1 - key) & (self.stride - 1)) == 0
         return seen if self.window is None else seen & (key >= end - self.window)
 
     def per_lane(self, x: Any) -> Any:
@@ -412,6 +460,9 @@ def _forward_kernel(
         place = pl.ds(pl.multiple_of(c * chunk, chunk), chunk)
         k, v = k_ref[0, 0, place], v_ref[0, 0, place]
         visible = call.visible(end, first_key + c * chunk) if masked else None
+        if call.stride is not None:
+            row = first_key + c * chunk + jax.lax.broadcasted_iota(jnp.int32, v.shape, 0)
+            v = jnp.where(row < bounds[call.batch * call.query_tiles + b * call.query_tiles + i], v, 0)
 
         def accumulate(g: int, weights: Any, shrink: Any) -> None:
             lanes = call.head_lanes(g)

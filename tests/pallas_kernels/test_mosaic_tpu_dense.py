@@ -35,7 +35,7 @@ FEW_QUERIES = {
 }
 # Two tiles of queries, the second one partial, the tiles of keys below, partial blocks and rows that end early.
 TILED = Case(B=2, T=150, S=420, N=1, G=3, D=64, s=2, n=5, w=100, q_offset=250, lengths=(391, 260), init=1, local=2)
-SEVEN_HEADS = Case(B=1, T=130, S=130, N=2, G=7, D=128, s=4, n=4, w=7)
+SEVEN_HEADS = Case(B=1, T=130, S=130, N=1, G=7, D=128, s=4, n=4, w=7)
 
 
 @contextlib.contextmanager
@@ -45,14 +45,29 @@ def small_tiles(operation, queries=128, keys=128, chunk=128):
 
 
 @pytest.mark.parametrize("case", FEW_QUERIES.values(), ids=FEW_QUERIES)
-@pytest.mark.parametrize("check", [check_compressed, check_window])
+@pytest.mark.parametrize("check", [check_compressed, check_window], ids=["compressed", "window"])
 def test_few_queries(case, check):
     check(case, "mosaic_tpu")
 
 
+def test_few_queries_of_several_rows():
+    check_prefix(FEW_QUERIES["ragged"], "mosaic_tpu", rows=2, own_keys=False, length_per_row=False)
+
+
 @pytest.mark.parametrize("own_keys", [False, True], ids=["shared keys", "own keys"])
-def test_few_queries_of_several_rows(own_keys):
-    check_prefix(FEW_QUERIES["ragged"], "mosaic_tpu", rows=2, own_keys=own_keys, length_per_row=own_keys)
+def test_a_decoded_token_reads_its_keys_in_place(own_keys):
+    """Rows of 2 heads x 150 keys make three tiles, the last one cut off; 3 rows of one query, or one of 3."""
+    case = Case(B=1, T=1, S=150, N=2, G=7, D=64, lengths=(141,))
+    with mock.patch.object(prefix_tpu, "_IN_PLACE", tpu_flash.Tiles(128, 128, 128)):
+        check_prefix(case, "mosaic_tpu", rows=3, own_keys=own_keys, length_per_row=own_keys)
+        q = np.ones((1, 3, 1, 2, 7, 64), np.float32)
+        k, v = (x[:, 0] if not own_keys else x for x in np.moveaxis(case.draw(1, 2, 3, 150, 2, 64), 1, 0))
+        k[..., 100:, :, :] = np.nan
+        visible = np.asarray([[[1], [0], [100]]], np.int32)
+        o, lse = prefix_attention(q, k, v, visible, implementation="mosaic_tpu")
+        expected_o, expected_lse = prefix_attention(q, k, v, visible, implementation="reference")
+    assert_close(o, expected_o, 1e-5, "o")
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5)
 
 
 def test_several_tiles_of_compressed_attention():
@@ -112,7 +127,7 @@ def test_a_traced_offset_means_what_a_constant_does():
 
 def test_bfloat16_keeps_float32_sums():
     """2e-2 is some roundings of bfloat16 (4e-3) in the probabilities, the output and the products of the gradient."""
-    case = dataclasses.replace(SEVEN_HEADS, w=64, N=1)
+    case = dataclasses.replace(SEVEN_HEADS, T=40, S=40, w=64)
     q, (k, v) = case.queries(), case.keys()
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
     visible = oracle.window_visible(q, case.S, window_size=64, q_offset=0, lengths=case.oracle_lengths)
