@@ -5,6 +5,7 @@ Loops are told apart by their order in the kernel, which is that of its source.
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -160,7 +161,7 @@ def flash(kernel: str, tokens: int) -> Work:
         j = np.asarray(bounds)[i] // call.tiles.keys + step
         active = np.ones_like(i, bool)
     ranges = [np.asarray(x) for x in call.chunk_ranges(bounds, 0, i, j * call.tiles.keys)]
-    runs = [int((np.where(active, stop - start, 0)).sum()) for start, stop in zip(ranges, ranges[1:], strict=False)]
+    runs = [int((np.where(active, stop - start, 0)).sum()) for start, stop in itertools.pairwise(ranges)]
     loops = runs if window is not None else runs[1:]
     heads, size = spec.kv_heads, 2 * spec.head_dim
     row_bytes, key_bytes = call.lanes * size, call.tiles.keys * size
