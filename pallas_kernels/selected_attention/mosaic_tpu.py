@@ -1,0 +1,186 @@
+"""Selected attention on TPU.
+
+Tiles of 16 neighbouring queries with all heads of their group walk the ascending union of the blocks that they chose,
+several blocks per product. The keys and values of one KV head lie in VMEM, as many as fit; longer inputs are taken in
+chunks of keys, and each tile's list falls into one range per chunk. Nothing is fetched per block.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Float32, Int
+
+from pallas_kernels import tile_lists, tpu
+from pallas_kernels.common import (
+    EMPTY_LSE,
+    ArrayLike,
+    Scalar,
+    block_total,
+    query_indices,
+    resolve_lengths,
+    zero_where,
+)
+from pallas_kernels.selected_attention.mosaic_tpu_backward import backward_chunk
+from pallas_kernels.selected_attention.mosaic_tpu_forward import forward_chunk
+from pallas_kernels.selected_attention.mosaic_tpu_steps import TILE, TILES, Plan, make_plan
+
+_OPERATION = "selected_attention"
+_BLOCK_SIZES = (32, 64, 128)
+
+
+def selected_attention(
+    q: Float[ArrayLike, "B T N G D"],
+    k: Float[ArrayLike, "B S N D"],
+    v: Float[ArrayLike, "B S N D"],
+    block_indices: Int[ArrayLike, "B T N n"],
+    *,
+    block_size: int,
+    q_offset: Scalar,
+    lengths: Int[ArrayLike, "B"] | None,
+) -> tuple[Float[jax.Array, "B T N G D"], Float32[jax.Array, "B T N G"]]:
+    """Attends to the chosen blocks; arguments and results as in `api.selected_attention`.
+
+    Raises:
+      NotImplementedError: a dtype, head size, group, block size, number of blocks or of places that is not covered.
+    """
+    tpu.check_arrays(_OPERATION, q)
+    tpu.check_block_size(_OPERATION, block_size, _BLOCK_SIZES)
+    q, k, v, block_indices = (jnp.asarray(x) for x in (q, k, v, block_indices))
+    blocks = block_total(k.shape[1], block_size)
+    if blocks >= 2**15:
+        raise NotImplementedError(f"{_OPERATION} on TPU has {blocks} blocks of keys, supported are at most {2**15 - 1}")
+    if 0 in (*q.shape, k.shape[1], block_indices.shape[3]):
+        return jnp.zeros_like(q), jnp.full(q.shape[:-1], EMPTY_LSE, jnp.float32)
+    length = resolve_lengths(lengths, q.shape[0], k.shape[1])[:, None]
+    t = query_indices(q.shape[1], q_offset)
+    past = t >= length
+    k, v = (zero_where(jnp.arange(k.shape[1]) >= length, x) for x in (k, v))
+    readable = (block_indices >= 0) & (block_indices * block_size <= t[:, None, None]) & ~past[..., None, None]
+    lists = tile_lists.build(block_indices, readable, tile=TILE, blocks=blocks)
+    return _attend(block_size, zero_where(past, q), k, v, lists, jnp.asarray(q_offset, jnp.int32), past)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    block_size: int,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lists: tile_lists.TileLists,
+    q_offset: jax.Array,
+    past: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    return _attend_forward(block_size, q, k, v, lists, q_offset, past)[0]
+
+
+def _attend_forward(
+    block_size: int,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lists: tile_lists.TileLists,
+    q_offset: jax.Array,
+    past: jax.Array,
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    plan = make_plan(_OPERATION, q, k.shape[1], lists.entries.shape[-1], block_size, backward=False)
+    queries = _padded_queries(q.shape[1])
+    q_rows = tpu.group_major(q, queries)
+    chunks = _chunks(plan, k), _chunks(plan, v), jnp.arange(plan.chunks)
+
+    def chunk_body(before: Any, chunk: Any) -> tuple[Any, None]:
+        k, v, i = chunk
+        scalars = (q_offset - i * plan.chunk_keys)[None]
+        entries, bounds = _lists_of_chunk(lists, queries, i, plan)
+        out_dtype = q.dtype if plan.chunks == 1 else jnp.float32
+        return tuple(forward_chunk(scalars, entries, bounds, q_rows, k, v, before, plan, out_dtype)), None
+
+    (o, lse), _ = _over_chunks(chunk_body, chunks)
+    o, lse = tpu.from_group_major(o, q.shape[1]).astype(q.dtype), _from_tiles(lse, q.shape)
+    return (o, lse), (q, k, v, lists, q_offset, past, o, lse)
+
+
+def _attend_backward(block_size: int, saved: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
+    q, k, v, lists, q_offset, past, o, lse = saved
+    do, dlse = (zero_where(past, x) for x in cotangents)
+    plan = make_plan(_OPERATION, q, k.shape[1], lists.entries.shape[-1], block_size, backward=True)
+    queries = _padded_queries(q.shape[1])
+    delta = (do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1) - dlse
+    rows = *(tpu.group_major(x, queries) for x in (q, do)), *(_to_tiles(x, queries) for x in (lse, delta))
+    chunks = _chunks(plan, k), _chunks(plan, v), jnp.arange(plan.chunks)
+
+    def chunk_body(dq: Any, chunk: Any) -> tuple[Any, Any]:
+        k, v, i = chunk
+        scalars = (q_offset - i * plan.chunk_keys)[None]
+        entries, bounds = _lists_of_chunk(lists, queries, i, plan)
+        q_rows, do_rows, lse, delta = rows
+        dq, dk, dv = backward_chunk(scalars, entries, bounds, q_rows, k, v, do_rows, lse, delta, dq, plan)
+        return dq, ((dk * plan.scale).astype(q.dtype), dv.astype(q.dtype))
+
+    dq, gradients = _over_chunks(chunk_body, chunks)
+    dk, dv = (_from_chunks(x, k.shape[1]) for x in gradients)
+    return tpu.from_group_major(dq, q.shape[1]).astype(q.dtype), dk, dv, None, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _padded_queries(queries: int) -> int:
+    return -(-queries // (TILE * TILES)) * TILE * TILES
+
+
+def _over_chunks(body: Callable[[Any, Any], tuple[Any, Any]], chunks: Any) -> tuple[Any, Any]:
+    """As `jax.lax.scan`, whose first step starts from None."""
+    carry, first = body(None, jax.tree.map(lambda x: x[0], chunks))
+    first = jax.tree.map(lambda x: x[None], first)
+    if len(chunks[0]) == 1:
+        return carry, first
+    carry, later = jax.lax.scan(body, carry, jax.tree.map(lambda x: x[1:], chunks))
+    return carry, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), first, later)
+
+
+def _chunks(plan: Plan, x: Float[jax.Array, "B S N D"]) -> Float[jax.Array, "chunks B N blocks s D"]:
+    x = tpu.keys_head_major(x, plan.chunks * plan.chunk_keys)
+    blocks = x.reshape(*x.shape[:2], plan.chunks, plan.chunk_blocks, plan.block_size, x.shape[3])
+    return jnp.moveaxis(blocks, 2, 0)
+
+
+def _from_chunks(x: Float[jax.Array, "chunks B N blocks s D"], keys: int) -> Float[jax.Array, "B S N D"]:
+    x = jnp.moveaxis(x, 0, 2)
+    return jnp.moveaxis(x.reshape(*x.shape[:2], -1, x.shape[-1])[:, :, :keys], 1, 2)
+
+
+def _lists_of_chunk(
+    lists: tile_lists.TileLists, queries: int, chunk: jax.Array, plan: Plan
+) -> tuple[Int[jax.Array, "B N steps 8 places"], Int[jax.Array, "B N steps 1 bounds"]]:
+    """The lists with blocks counted from the chunk's first, 0 outside it; each tile's first step and their number."""
+    entries = lists.entries
+    if plan.chunks == 1:
+        start, end = jnp.zeros_like(lists.counts), lists.counts
+    else:
+        start, end = (lists.before((chunk + i) * plan.chunk_blocks) for i in (0, 1))
+        place = jnp.arange(entries.shape[-1])
+        inside = (place >= start[..., None]) & (place < end[..., None])
+        entries = jnp.where(inside, entries - (chunk * plan.chunk_blocks << tile_lists.MASK_BITS), 0)
+    first_step = start // plan.step_blocks
+    steps = jnp.where(end > start, -(-end // plan.step_blocks) - first_step, 0)
+    bounds = tpu.pad_axis(jnp.stack([first_step, steps], axis=-1), 2, queries // TILE)
+    entries = tpu.pad_axis(tpu.pad_axis(entries, 2, queries // TILE), 3, plan.places)
+    return (
+        entries.reshape(*entries.shape[:2], -1, TILES, plan.places),
+        bounds.reshape(*bounds.shape[:2], -1, 1, 2 * TILES),
+    )
+
+
+def _to_tiles(x: Float32[jax.Array, "B T N G"], queries: int) -> Float32[jax.Array, "B N tiles 128"]:
+    x = tpu.group_major(x, queries)
+    x = jnp.moveaxis(x.reshape(*x.shape[:3], -1, TILE), 2, 3)
+    return tpu.pad_axis(x.reshape(*x.shape[:3], -1), 3, tpu.LANES)
+
+
+def _from_tiles(x: Float32[jax.Array, "B N tiles 128"], shape: tuple[int, ...]) -> Float32[jax.Array, "B T N G"]:
+    _, queries, _, group, _ = shape
+    x = x[..., : group * TILE].reshape(*x.shape[:3], group, TILE)
+    return tpu.from_group_major(jnp.moveaxis(x, 3, 2).reshape(*x.shape[:2], group, -1), queries)
