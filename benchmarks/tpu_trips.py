@@ -14,9 +14,11 @@ import numpy as np
 
 from benchmarks import tpu_calibration, tpu_cases
 from benchmarks.tpu_cases import SplashShape, SplashTiles
-from pallas_kernels import tpu, tpu_flash
+from pallas_kernels import tile_lists, tpu, tpu_flash
 from pallas_kernels.compressed_attention import mosaic_tpu as compressed_tpu
 from pallas_kernels.prefix_attention import mosaic_tpu as prefix_tpu
+from pallas_kernels.selected_attention import mosaic_tpu as selected_tpu
+from pallas_kernels.selected_attention.mosaic_tpu_steps import TILE, TILES, Plan, make_plan
 from pallas_kernels.window_attention import mosaic_tpu as window_tpu
 
 RHOS = (0.0, 0.8, 0.98)
@@ -144,9 +146,19 @@ def flash(kernel: str, tokens: int) -> Work:
         raise ValueError(f"kernel {kernel} is not known to benchmarks/tpu_trips.py, expected one of {known}")
     spec = tpu_cases.spec(tokens)
     end, keys, tiles, window = _ends(operation, tokens)
-    q = jax.ShapeDtypeStruct((1, len(end), spec.kv_heads, spec.group_size, spec.head_dim), spec.dtype)
-    k = jax.ShapeDtypeStruct((1, keys, spec.kv_heads, spec.head_dim), spec.dtype)
-    call = tpu_flash._Call.of(q, k, operation, tpu_flash._fit(tiles, keys), window)
+    tiles = tpu_flash._fit(tiles, keys)
+    call = tpu_flash._Call(
+        name=operation,
+        tiles=tiles,
+        window=window,
+        batch=1,
+        heads=spec.kv_heads,
+        group=spec.group_size,
+        size=spec.head_dim,
+        dtype=jnp.dtype(spec.dtype),
+        query_tiles=-(-len(end) // tiles.queries),
+        key_tiles=-(-keys // tiles.keys),
+    )
     ends = call.ends(jnp.asarray(end, jnp.int32)[None])
     bounds = call.bounds(ends)
     by_key = "dkv" in kernel or "backward" in kernel
@@ -243,35 +255,38 @@ def bisection_rounds(candidates: int, places: int, seed: int = 0) -> int:
 
 
 @functools.cache
-def tile_blocks(tokens: int, rho: float, tile: int) -> list[np.ndarray]:
-    """Union of the drawn blocks of each tile of `tile` queries of one KV head."""
-    chosen = tpu_cases.drawn_selection(tokens, rho)
-    unions = [np.unique(rows) for rows in chosen.reshape(tokens // tile, -1)]
-    return [union[union >= 0] for union in unions]
+def drawn_lists(tokens: int, rho: float) -> tile_lists.TileLists:
+    """The lists that the operation builds from a drawn selection of one KV head."""
+    spec = tpu_cases.spec(tokens)
+    chosen = jnp.asarray(tpu_cases.drawn_selection(tokens, rho))[None, :, None]
+    blocks = tokens // spec.block_size
+    return jax.jit(functools.partial(tile_lists.build, tile=TILE, blocks=blocks))(chosen, chosen >= 0)
+
+
+@functools.cache
+def chunk_steps(tokens: int, chip: str, rho: float, chunk: int, backward: bool) -> tuple[Plan, np.ndarray]:
+    """How a kernel of selected attention is cut on a chip, and the steps of each tile of one head in one chunk."""
+    spec, lists = tpu_cases.spec(tokens), drawn_lists(tokens, rho)
+    with tpu.compiling_for(chip):
+        places = lists.entries.shape[-1]
+        plan = make_plan("selected_attention", spec.shapes[0], tokens, places, spec.block_size, backward=backward)
+    _, bounds = jax.jit(selected_tpu._lists_of_chunk, static_argnums=(1, 3))(lists, tokens, jnp.int32(chunk), plan)
+    return plan, np.asarray(bounds).reshape(-1, 2)[:, 1]
 
 
 def selected(part: str, tokens: int, chip: str, rho: float, chunk: int) -> Work:
-    """One chunk of keys of the kernels of selected attention, its lists drawn."""
-    from pallas_kernels.selected_attention import mosaic_tpu_steps as steps_
-
-    spec = tpu_cases.spec(tokens)
-    q = spec.shapes[0]
-    places = min(steps_.TILE * spec.block_count, tokens // spec.block_size)
-    plan = steps_.make_plan("selected", q, tokens, places, spec.block_size, backward=part == "backward")
-    low, high = chunk * plan.chunk_blocks, (chunk + 1) * plan.chunk_blocks
-    unions = tile_blocks(tokens, rho, steps_.TILE)
-    inside = np.array([np.searchsorted(union, high) - np.searchsorted(union, low) for union in unions])
-    products = float(np.ceil(inside / plan.step_blocks).sum())
-    heads, tiles = spec.kv_heads, len(unions)
-    steps = tiles / steps_.TILES
-    clear = [heads * plan.chunk_blocks] if part == "backward" else []
-    row_bytes = math.prod(q.shape) * (4 if part == "forward" else 8)
+    """One chunk of keys of a kernel of selected attention, its lists drawn."""
+    spec, backward = tpu_cases.spec(tokens), part == "backward"
+    plan, steps = chunk_steps(tokens, chip, rho, chunk, backward)
+    heads, tiles = spec.kv_heads, len(steps)
+    if backward:
+        loops = (heads * plan.chunk_blocks, heads * tiles, heads * int(steps.sum()))
+    else:
+        # Three stages side by side: two runs of the body more than steps, two steps in each.
+        loops = (heads * tiles, heads * int((-(-(steps + 2) // 2)).sum()))
+    grid = heads * tiles // TILES
+    carried = plan.chunks > 1
+    row_bytes = math.prod(spec.shapes[0].shape) * ((8 + 4 * carried) if backward else (4 + 6 * carried))
+    key_bytes = 2 * heads * plan.chunk_keys * spec.head_dim * (2 + 4 * backward)
     list_bytes = heads * tiles * plan.places * 4
-    key_bytes = 2 * heads * plan.chunk_keys * spec.head_dim * (2 if part == "forward" else 6)
-    return Work(
-        steps=heads * steps,
-        loops=(*clear, heads * tiles, heads * products),
-        rows=heads,
-        hbm_bytes=row_bytes + list_bytes + key_bytes,
-        transfers=heads * steps,
-    )
+    return Work(grid, loops, rows=heads, hbm_bytes=row_bytes + key_bytes + list_bytes, transfers=grid)
