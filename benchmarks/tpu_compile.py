@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
+# No metadata server is asked about a TPU, no lock is taken of one.
+ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?(\S+) \(.*\{$")
@@ -107,6 +108,14 @@ def read_program(text: str) -> tuple[dict[str, dict[str, Any]], tuple[Operation,
     kernels: dict[str, dict[str, Any]] = {}
     operations: list[Operation] = []
 
+    def trip_count(name: str, rest: str) -> int:
+        condition = bodies[re.search(r"condition=%?([^,\s]+)", rest)[1]]
+        limits = [re.search(r"s32\[\]\S* constant\((\d+)\)", line) for _, line in condition]
+        limits = [int(limit[1]) for limit in limits if limit]
+        if len(limits) != 1 or not any("direction=LT" in line for _, line in condition):
+            raise ValueError(f"{name} is a loop of unknown length, expected one that counts from 0 to a constant")
+        return limits[0]
+
     def visit(computation: str, runs: int) -> None:
         types = {name: re.split(r" [a-z][a-z0-9-]*\(", rest)[0] for name, rest in bodies[computation]}
         for name, rest in bodies[computation]:
@@ -115,10 +124,7 @@ def read_program(text: str) -> tuple[dict[str, dict[str, Any]], tuple[Operation,
             if kind in _FREE or kind.endswith("-done"):
                 continue
             if kind == "while":
-                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
-                if trips is None:
-                    raise ValueError(f"{name} is a loop of unknown length, expected one that XLA counts")
-                visit(re.search(r"body=%?([^,\s]+)", rest)[1], runs * int(trips[1]))
+                visit(re.search(r"body=%?([^,\s]+)", rest)[1], runs * trip_count(name, rest))
             elif kind == "conditional":
                 branches = re.search(r"branch_computations=\{([^}]*)\}", rest)
                 for branch in branches[1].split(",") if branches else re.findall(r"_computation=%?([^,\s]+)", rest):
@@ -249,7 +255,9 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         dumps = Path(folder) / "dumps"
         dumps.mkdir()
-        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dumps} --xla_jf_dump_llo_text=true"
+        os.environ["LIBTPU_INIT_ARGS"] = (
+            f"--xla_jf_dump_to={dumps} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_.*"
+        )
         for name in options.cases:
             outcome = _compile_to(case_path(options.out, options.chip, name), name, options.chip, dumps)
             print(f"{options.chip} {name}: {outcome}", flush=True)

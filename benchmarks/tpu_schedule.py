@@ -13,7 +13,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -118,38 +118,41 @@ def _label(kernel: str) -> str:
     return re.sub(r"^(transpose_)?(jvp_?)*_*|_*(\.\d+)?$", "", kernel)
 
 
+def _by_label(record: Record) -> dict[str, list[Record]]:
+    kernels: dict[str, list[Record]] = {}
+    for name, kernel in record.get("kernels", {}).items():
+        kernels.setdefault(_label(name), []).append(kernel)
+    return kernels
+
+
+def _kernel_cell(parts: list[Record]) -> str:
+    """Of one kernel, in as many instances as the program holds of it (a first chunk of keys and later ones)."""
+    sums = [sum(times) for times in zip(*(part["ms"].values() for part in parts), strict=True)]
+    longest = max(parts, key=lambda part: part["seconds"])
+    times = " / ".join(map(_milliseconds, dict.fromkeys(sums)))
+    size = f"{longest['bundles']} bundles, {max(part['vmem_bytes'] for part in parts) / 2**20:.1f} MiB"
+    use = " / ".join(f"{100 * longest['use'][unit]:.0f}" for unit in ("MXU", "VALU", "VSTORE"))
+    return f"**{times}** {longest['bound']}, {size}, {longest['spills']} spills, {use} %"
+
+
 def kernel_table(cases: Record) -> str:
-    """Code, VMEM and modelled time of each kernel of the operations."""
+    """Code, VMEM, slots used and modelled time of each kernel."""
     rows = []
-    for case, chips in cases.items():
-        operation, direction, tokens = case.split()
-        if operation == "nsa":
-            continue
-        names = dict.fromkeys(name for chip in chips.values() for name in chip.get("kernels", {}))
-        parts: list[tuple[str, Callable[[Record], Record | None]]] = [
-            (_label(name), lambda record, name=name: record.get("kernels", {}).get(name)) for name in names
-        ]
-        for label, part in parts:
-            if direction == "train" and "forward" in label:
-                continue
-            cells = []
-            for chip in CHIPS:
-                kernel = part(chips[chip])
-                if kernel is None:
-                    cells.append("refused" if "refused" in chips[chip] else "")
-                    continue
-                times = " / ".join(_milliseconds(ms) for ms in kernel["ms"].values())
-                size = f"{kernel['bundles']} bundles, {kernel['vmem_bytes'] / 2**20:.1f} MiB"
-                use = " / ".join(f"{100 * kernel['use'][unit]:.0f}" for unit in ("MXU", "VALU", "VSTORE"))
-                cells.append(f"**{times}** {kernel['bound']}, {size}, {use} %")
-            rows.append([label, tokens, *cells])
-        cells = [
-            f"{_milliseconds(chips[chip]['xla_ms'])}, {chips[chip]['temporary_bytes'] / 2**20:.0f} MiB"
-            if "ms" in chips[chip]
-            else "refused"
-            for chip in CHIPS
-        ]
-        rows.append([f"XLA's part of {operation}, {direction}", tokens, *cells])
+    for operation in ("nsa", "prefix", BASELINE):
+        for tokens in tpu_cases.TOKENS:
+            chips = cases.get(f"{operation} train {tokens}", {})
+            kernels = {chip: _by_label(record) for chip, record in chips.items()}
+            for label in dict.fromkeys(label for found in kernels.values() for label in found):
+                cells = [_kernel_cell(found[label]) if label in found else "" for found in kernels.values()]
+                rows.append([label, tokens, *cells])
+            parts = [
+                f"{_milliseconds(record['xla_ms'])}, code {record['code_bytes'] / 2**20:.1f} MiB"
+                if "ms" in record
+                else "refused"
+                for record in chips.values()
+            ]
+            if parts:
+                rows.append([f"XLA's part of {operation}", tokens, *parts])
     return table(["kernel", "T", *CHIPS], rows)
 
 

@@ -92,10 +92,17 @@ HLO = """HloModule jit_f
   ROOT %tuple.1 = (s32[], f32[8,128]{1,0}) tuple(%kernel.2)
 }
 
+%cond (x.1: (s32[], f32[8,128])) -> pred[] {
+  %x.1 = (s32[], f32[8,128]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%x.1), index=0
+  %constant.4 = s32[]{:T(128)} constant(7)
+  ROOT %less = pred[]{:T(512)} compare(%i, %constant.4), direction=LT
+}
+
 ENTRY %main.3 (a: f32[8,128]) -> f32[8,128] {
   %a = f32[8,128]{1,0:T(8,128)} parameter(0)
   %fusion = f32[8,128]{1,0:T(8,128)} fusion(%a), calls=%fused, backend_config={"estimated_cycles":"120"}
-  %loop = (s32[], f32[8,128]) while(%fusion), condition=%c, body=%body.1, config={"known_trip_count":{"n":"7"}}
+  %loop = (s32[], f32[8,128]) while(%fusion), condition=%cond, body=%body.1
   ROOT %scatter.1 = bf16[16,128]{1,0} scatter(%fusion, %a), dimensions={0}
 }
 """
@@ -108,7 +115,7 @@ def test_programs_are_read_with_their_loops():
     assert (fusion.name, fusion.runs, fusion.cycles, fusion.bytes) == ("fusion", 1, 120, 2 * 8 * 128 * 4)
     assert (scatter.cycles, scatter.bytes) == (None, 16 * 128 * 2 + 2 * 8 * 128 * 4)
     with pytest.raises(ValueError, match="loop is a loop of unknown length"):
-        tpu_compile.read_program(HLO.replace("known_trip_count", "trip_count"))
+        tpu_compile.read_program(HLO.replace("direction=LT", "direction=EQ"))
 
 
 def test_drawn_selection():

@@ -1,4 +1,5 @@
 import os
 
-# Read when libtpu is loaded: there is no metadata server to ask about a TPU.
+# Read when libtpu is loaded: no metadata server is asked about a TPU, no lock is taken of one.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
