@@ -233,5 +233,6 @@ def nsa_attention_sharded(
 
     rows = PartitionSpec(data_axes)
     tokens = PartitionSpec(data_axes, context_axis, tensor_axis)
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=(tokens,) * 4 + (rows,), out_specs=tokens)
+    # Kernels' results do not say over which mesh axes they vary, so that the check cannot follow them.
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(tokens,) * 4 + (rows,), out_specs=tokens, check_vma=False)
     return sharded(q, k, v, gate_logits, resolve_lengths(lengths, q.shape[0], k.shape[1]))

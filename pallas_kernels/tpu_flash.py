@@ -74,7 +74,7 @@ def interval_attention(
     if 0 in (batch, queries, keys):
         return jnp.zeros_like(q), jnp.full(q.shape[:-1], EMPTY_LSE)
     if queries >= tpu.LANES:
-        return _attention(q, k, v, end, name, _fit(tiles, keys), window)
+        return _attention(q, k, v, end, name, _fit(tiles, queries, keys), window)
     # Few tokens: their heads fill the lanes instead, as if they were tokens of a group of one.
     folded = jnp.moveaxis(q, 1, 3).reshape(batch, heads, group * queries, size)
     o, lse = _attention(
@@ -83,7 +83,7 @@ def interval_attention(
         v,
         jnp.tile(end, (1, group)),
         name,
-        dataclasses.replace(_fit(tiles, keys), queries=-(-group * queries // tpu.LANES) * tpu.LANES),
+        dataclasses.replace(_fit(tiles, queries, keys), queries=_whole(group * queries, tpu.LANES)),
         window,
     )
 
@@ -94,9 +94,15 @@ def interval_attention(
     return unfold(o), unfold(lse)
 
 
-def _fit(tiles: Tiles, keys: int) -> Tiles:
-    chunk = min(tiles.chunk, -(-keys // tpu.LANES) * tpu.LANES)
-    return dataclasses.replace(tiles, chunk=chunk, keys=min(tiles.keys, -(-keys // chunk) * chunk))
+def _fit(tiles: Tiles, queries: int, keys: int) -> Tiles:
+    """The tiles, no larger than the arrays."""
+    chunk = min(tiles.chunk, _whole(keys, tpu.LANES))
+    return Tiles(min(tiles.queries, _whole(queries, tpu.LANES)), min(tiles.keys, _whole(keys, chunk)), chunk)
+
+
+def _whole(x: int, unit: int) -> int:
+    """x rounded up to a multiple."""
+    return -(-x // unit) * unit
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -251,7 +257,7 @@ class _Call:
 
     def visible(self, end: Any, first_key: Any) -> Any:
         """The mask [chunk, lanes] of the keys from `first_key` on; `end` is [1, lanes]."""
-        key = first_key + jax.lax.broadcasted_iota(jnp.int32, (self.tiles.chunk, self.lanes), 0)
+        key = first_key + jax.lax.broadcasted_iota(jnp.int32, (self.tiles.chunk, end.shape[1]), 0)
         seen = key < end
         return seen if self.window is None else seen & (key >= end - self.window)
 
@@ -259,6 +265,9 @@ class _Call:
         """A block of values per query head or per token as one row over the lanes."""
         parts = [x[0, 0, g : g + 1] for g in range(self.group)] if x.ndim == 4 else [x[0]] * self.group
         return jnp.concatenate(parts, axis=1)
+
+    def head_lanes(self, g: int) -> slice:
+        return slice(g * self.tiles.queries, (g + 1) * self.tiles.queries)
 
     def store_columns(self, ref: Any, x: Float32[jax.Array, "D lanes"]) -> None:
         ref[0, 0] = x.T.reshape(self.group, self.tiles.queries, self.size).astype(ref.dtype)
@@ -396,22 +405,37 @@ def _forward_kernel(
         sum_ref[...] = jnp.zeros_like(sum_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
-    q = q_ref[0, 0].reshape(call.lanes, call.size)
-    end = call.per_lane(end_ref)
+    end = end_ref[0]
     first_key = (_quotient(bounds[b * call.query_tiles + i], call.tiles.keys) + j) * call.tiles.keys
 
     def body(c: Any, masked: bool) -> None:
         place = pl.ds(pl.multiple_of(c * chunk, chunk), chunk)
-        logits = call.dot(k_ref[0, 0, place], q, (1, 1))
-        if masked:
-            logits = jnp.where(call.visible(end, first_key + c * chunk), logits, _HIDDEN)
-        top = jnp.maximum(top_ref[...], jnp.max(logits, axis=0, keepdims=True))
-        weights = jnp.exp2((logits - top) * exponent)
-        shrink = jnp.exp2((top_ref[...] - top) * exponent)
-        top_ref[...] = top
-        sum_ref[...] = sum_ref[...] * shrink + jnp.sum(weights, axis=0, keepdims=True)
-        product = call.dot(v_ref[0, 0, place], weights.astype(v_ref.dtype), (0, 0))
-        acc_ref[...] = acc_ref[...] * shrink + product
+        k, v = k_ref[0, 0, place], v_ref[0, 0, place]
+        visible = call.visible(end, first_key + c * chunk) if masked else None
+
+        def accumulate(g: int, weights: Any, shrink: Any) -> None:
+            lanes = call.head_lanes(g)
+            acc_ref[:, lanes] = acc_ref[:, lanes] * shrink + call.dot(v, weights, (0, 0))
+
+        # Products a head ahead and a head behind, so that the matrix units work while a softmax is computed.
+        ahead, behind = call.dot(k, q_ref[0, 0, 0], (1, 1)), None
+        for g in range(call.group):
+            lanes = call.head_lanes(g)
+            logits = ahead
+            if g + 1 < call.group:
+                ahead = call.dot(k, q_ref[0, 0, g + 1], (1, 1))
+            if masked:
+                logits = jnp.where(visible, logits, _HIDDEN)
+            before = top_ref[:, lanes]
+            top = jnp.maximum(before, jnp.max(logits, axis=0, keepdims=True))
+            weights = jnp.exp2((logits - top) * exponent)
+            shrink = jnp.exp2((before - top) * exponent)
+            top_ref[:, lanes] = top
+            sum_ref[:, lanes] = sum_ref[:, lanes] * shrink + jnp.sum(weights, axis=0, keepdims=True)
+            if behind is not None:
+                accumulate(g - 1, *behind)
+            behind = weights.astype(v.dtype), shrink
+        accumulate(call.group - 1, *behind)
 
     call.over_chunks(call.chunk_ranges(bounds, b, i, first_key), body)
 
@@ -461,8 +485,6 @@ def _gradient_kernel(call: _Call, with_dq: bool, with_dkv: bool, bounds: Any, re
 
     @pl.when(active)
     def _() -> None:
-        q = q_ref[0, 0].reshape(call.lanes, call.size)
-        do = do_ref[0, 0].reshape(call.lanes, call.size)
         end = call.per_lane(end_ref)
         lse = call.per_lane(lse_ref) * tpu.LOG2_E
         delta = call.per_lane(delta_ref)
@@ -470,6 +492,8 @@ def _gradient_kernel(call: _Call, with_dq: bool, with_dkv: bool, bounds: Any, re
         def body(c: Any, masked: bool) -> None:
             place = pl.ds(pl.multiple_of(c * chunk, chunk), chunk)
             k, v = k_ref[0, 0, place], v_ref[0, 0, place]
+            # Read here: as values of the outer scope they would be copied to other VMEM.
+            q, do = (ref[0, 0].reshape(call.lanes, call.size) for ref in (q_ref, do_ref))
             weights = jnp.exp2(call.dot(k, q, (1, 1)) * exponent - lse)
             if masked:
                 weights = jnp.where(call.visible(end, first_key + c * chunk), weights, 0.0)

@@ -137,18 +137,23 @@ def _kernel(
     top = jnp.max(top, axis=0, keepdims=True)
 
     count = functools.partial(_count, keys_ref, chunks)
-    threshold, place_limit = _threshold(count, chosen_ref.shape[2], top, current, keys_ref.shape[0])
+    places = chosen_ref.shape[2]
+    forced = jnp.minimum(current + 1, init_blocks + local_blocks)
+    threshold, tie_end = _threshold(count, places, top, forced, current + 1, keys_ref.shape[0])
+    sublane = jax.lax.broadcasted_iota(jnp.int32, (tpu.SUBLANES, _TOKENS), 0)
 
     @pl.loop(0, chunks)
     def _(c: Any) -> None:
-        keys = keys_ref[pl.ds(pl.multiple_of(c * _CHUNK, _CHUNK), _CHUNK)]
-        row = jax.lax.broadcasted_iota(jnp.int32, keys.shape, 0)
-        taken = (keys > threshold) | ((keys == threshold) & (c * _CHUNK + row < place_limit))
-        bit = jnp.where(taken, jnp.int32(1) << (row & (_WORD - 1)), 0)
-        rows = _CHUNK // _WORD
-        words_ref[pl.ds(pl.multiple_of(c * rows, rows), rows)] = jnp.sum(bit.reshape(rows, _WORD, _TOKENS), axis=1)
+        for w in range(_CHUNK // _WORD):
+            bits = jnp.zeros((tpu.SUBLANES, _TOKENS), jnp.int32)
+            for row in range(0, _WORD, tpu.SUBLANES):
+                index = c * _CHUNK + w * _WORD + row
+                keys = keys_ref[pl.ds(pl.multiple_of(index, tpu.SUBLANES), tpu.SUBLANES)]
+                reach = jnp.where(sublane < tie_end - index, threshold, threshold + 1)
+                bits |= jnp.where(keys >= reach, jnp.int32(1) << (sublane + row), 0)
+            words_ref[pl.ds(c * (_CHUNK // _WORD) + w, 1)] = jnp.sum(bits, axis=0, keepdims=True)
 
-    chosen_ref[0, 0] = _set_bits(words_ref, chunks, chosen_ref.shape[2])
+    chosen_ref[0, 0] = _set_bits(words_ref, chunks, places)
 
 
 def _over_sublanes(fold: Any, x: Any) -> Any:
@@ -172,10 +177,18 @@ def _count(keys_ref: Any, chunks: Any, holds: Any) -> Int32[jax.Array, "1 tokens
 
 
 def _threshold(
-    count: Any, places: int, top: Any, current: Any, blocks: int
+    count: Any, places: int, top: Any, forced: Any, candidates: Any, blocks: int
 ) -> tuple[Int32[jax.Array, "1 tokens"], Int32[jax.Array, "1 tokens"]]:
-    """Per token the key that a taken block reaches, and the index below which a block of just that key is taken."""
-    candidates = current + 1
+    """Per token the key that a taken block reaches, and the index below which a block of just that key is taken.
+
+    Args:
+      count: see `_count`.
+      places: n.
+      top: the highest key that is not forced.
+      forced: how many blocks are forced, at most `places`.
+      candidates: how many blocks there are to choose from.
+      blocks: more than any index.
+    """
 
     def bisecting(state: Any) -> Bool[jax.Array, ""]:
         low, high, at_low, _, _ = state
@@ -185,7 +198,8 @@ def _threshold(
         low, high, at_low, at_high, step = state
         middle = low + jax.lax.shift_right_logical(high - low, 1)
         # Most thresholds lie within eight octaves of the best block.
-        middle = jnp.where((step == 0) & (top - 8 * _OCTAVE > low), top - 8 * _OCTAVE, middle)
+        guess = top - 8 * _OCTAVE
+        middle = jnp.where((step == 0) & (guess > low) & (guess < high), guess, middle)
         at_middle = count(lambda keys, _: keys >= middle)
         enough = at_middle >= places
         return (
@@ -196,9 +210,11 @@ def _threshold(
             step + 1,
         )
 
-    zero = jnp.zeros_like(current)
-    # Keys reach `low` in `places` blocks or more, `high` in fewer: forced blocks alone, or none where they fill all.
-    state = (zero, jnp.full_like(current, _FORCED + 1), candidates, zero, jnp.int32(0))
+    # `places` blocks or more reach `low`, fewer reach `high`.
+    full = forced >= places
+    zero = jnp.zeros_like(top)
+    low, high = jnp.where(full, _FORCED, 0), jnp.where(full, _FORCED, top) + 1
+    state = low, high, jnp.where(full, places, candidates), jnp.where(full, 0, forced), jnp.int32(0)
     low, _, at_low, at_high, _ = jax.lax.while_loop(bisecting, bisect, state)
 
     tied = at_low > places
@@ -213,7 +229,7 @@ def _threshold(
     def bisecting_place(state: Any) -> Bool[jax.Array, ""]:
         return _any(tied & (state[1] - state[0] > 1))
 
-    _, reach = jax.lax.while_loop(bisecting_place, bisect_place, (zero, jnp.full_like(current, blocks)))
+    _, reach = jax.lax.while_loop(bisecting_place, bisect_place, (zero, jnp.full_like(top, blocks)))
     return low, jnp.where(tied, reach, blocks)
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Float, Float32, Int
 from pallas_kernels import tpu_flash
 from pallas_kernels.common import ArrayLike, Scalar, query_indices, zero_where
 
-_TILES = tpu_flash.Tiles(queries=128, keys=4096, chunk=256)
+_TILES = tpu_flash.Tiles(queries=256, keys=4096, chunk=256)
 
 
 def compressed_attention(

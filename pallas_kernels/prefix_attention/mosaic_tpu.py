@@ -8,7 +8,7 @@ from pallas_kernels import tpu_flash
 from pallas_kernels.common import ArrayLike
 from pallas_kernels.prefix_attention.rows import as_rows
 
-_TILES = tpu_flash.Tiles(queries=128, keys=2048, chunk=512)
+_TILES = tpu_flash.Tiles(queries=256, keys=2048, chunk=256)
 
 
 def prefix_attention(

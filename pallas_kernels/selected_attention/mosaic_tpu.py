@@ -87,7 +87,7 @@ def _attend_forward(
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
     plan = make_plan(_OPERATION, q, k.shape[1], lists.entries.shape[-1], block_size, backward=False)
     queries = _padded_queries(q.shape[1])
-    q_rows = tpu.group_major(q, queries)
+    q_rows = _scaled_rows(q, queries, plan)
     chunks = _chunks(plan, k), _chunks(plan, v), jnp.arange(plan.chunks)
 
     def chunk_body(before: Any, chunk: Any) -> tuple[Any, None]:
@@ -108,7 +108,12 @@ def _attend_backward(block_size: int, saved: Any, cotangents: tuple[jax.Array, j
     plan = make_plan(_OPERATION, q, k.shape[1], lists.entries.shape[-1], block_size, backward=True)
     queries = _padded_queries(q.shape[1])
     delta = (do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1) - dlse
-    rows = *(tpu.group_major(x, queries) for x in (q, do)), *(_to_tiles(x, queries) for x in (lse, delta))
+    rows = (
+        _scaled_rows(q, queries, plan),
+        tpu.group_major(do, queries),
+        _to_tiles(jnp.where(lse > EMPTY_LSE, lse * tpu.LOG2_E, EMPTY_LSE), queries),
+        _to_tiles(delta, queries),
+    )
     chunks = _chunks(plan, k), _chunks(plan, v), jnp.arange(plan.chunks)
 
     def chunk_body(dq: Any, chunk: Any) -> tuple[Any, Any]:
@@ -117,7 +122,7 @@ def _attend_backward(block_size: int, saved: Any, cotangents: tuple[jax.Array, j
         entries, bounds = _lists_of_chunk(lists, queries, i, plan)
         q_rows, do_rows, lse, delta = rows
         dq, dk, dv = backward_chunk(scalars, entries, bounds, q_rows, k, v, do_rows, lse, delta, dq, plan)
-        return dq, ((dk * plan.scale).astype(q.dtype), dv.astype(q.dtype))
+        return dq, ((dk / tpu.LOG2_E).astype(q.dtype), dv.astype(q.dtype))
 
     dq, gradients = _over_chunks(chunk_body, chunks)
     dk, dv = (_from_chunks(x, k.shape[1]) for x in gradients)
@@ -129,6 +134,12 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _padded_queries(queries: int) -> int:
     return -(-queries // (TILE * TILES)) * TILE * TILES
+
+
+def _scaled_rows(q: Float[jax.Array, "B T N G D"], queries: int, plan: Plan) -> Float[jax.Array, "B N G padded D"]:
+    """Queries whose products with keys are logits to the base of 2: one rounding each, no product per logit."""
+    scaled = q.astype(jnp.float32) * (plan.scale * tpu.LOG2_E)
+    return tpu.group_major(scaled.astype(q.dtype), queries)
 
 
 def _over_chunks(body: Callable[[Any, Any], tuple[Any, Any]], chunks: Any) -> tuple[Any, Any]:
@@ -154,7 +165,7 @@ def _from_chunks(x: Float[jax.Array, "chunks B N blocks s D"], keys: int) -> Flo
 
 def _lists_of_chunk(
     lists: tile_lists.TileLists, queries: int, chunk: jax.Array, plan: Plan
-) -> tuple[Int[jax.Array, "B N steps 8 places"], Int[jax.Array, "B N steps 1 bounds"]]:
+) -> tuple[Int[jax.Array, "B N steps 1 places"], Int[jax.Array, "B N steps 1 bounds"]]:
     """The lists with blocks counted from the chunk's first, 0 outside it; each tile's first step and their number."""
     entries = lists.entries
     if plan.chunks == 1:
@@ -165,12 +176,20 @@ def _lists_of_chunk(
         inside = (place >= start[..., None]) & (place < end[..., None])
         entries = jnp.where(inside, entries - (chunk * plan.chunk_blocks << tile_lists.MASK_BITS), 0)
     first_step = start // plan.step_blocks
-    steps = jnp.where(end > start, -(-end // plan.step_blocks) - first_step, 0)
-    bounds = tpu.pad_axis(jnp.stack([first_step, steps], axis=-1), 2, queries // TILE)
+    # A tile without entries takes one step, whose keys are hidden from all: it writes the tile's results.
+    end_step = jnp.maximum(-(-end // plan.step_blocks), first_step + 1)
+    first_step, end_step = (
+        tpu.pad_axis(x, 2, queries // TILE, value).reshape(*x.shape[:2], -1, TILES)
+        for x, value in ((first_step, 0.0), (end_step, 1.0))
+    )
+    total = (end_step - first_step).sum(-1, dtype=jnp.int32)
+    bounds = jnp.stack([first_step, end_step], axis=-1).reshape(*total.shape, 2 * TILES)
+    past_the_last = jnp.broadcast_to(jnp.array([0, jnp.iinfo(jnp.int32).max], jnp.int32), (*total.shape, 2))
+    bounds = jnp.concatenate([bounds, past_the_last, total[..., None]], axis=-1)
     entries = tpu.pad_axis(tpu.pad_axis(entries, 2, queries // TILE), 3, plan.places)
     return (
-        entries.reshape(*entries.shape[:2], -1, TILES, plan.places),
-        bounds.reshape(*bounds.shape[:2], -1, 1, 2 * TILES),
+        entries.reshape(*entries.shape[:2], -1, 1, TILES * plan.places),
+        bounds[..., None, :],
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,9 @@ from pallas_kernels import tpu
 TILE = 16
 TILES = 8
 HIDDEN = -2e38
-STEP_KEYS = 512
+STEP_KEYS = 1024
 CHUNK_MULTIPLE = 128
+BOUNDS = 2 * (TILES + 1) + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +117,57 @@ def columns(lanes, rows):
     return square[:rows, :1]
 
 
-def read_step(entries, tile, step, plan):
-    """Entries of one step; past the tile's last step an entry of 0 is block 0, which no query reads."""
-    return [entries[0, 0, 0, tile, step * plan.step_blocks + j] for j in range(plan.step_blocks)]
+class Place(NamedTuple):
+    """A step of one tile's list."""
+
+    tile: jax.Array
+    step: jax.Array
+
+    def bounds(self, bounds) -> tuple[jax.Array, jax.Array]:
+        """The tile's first step, and one past its last."""
+        return bounds[0, 0, 0, 0, 2 * self.tile], bounds[0, 0, 0, 0, 2 * self.tile + 1]
+
+    def is_first(self, bounds) -> jax.Array:
+        """Whether the tile's list starts here."""
+        return self.step == self.bounds(bounds)[0]
+
+    def is_last(self, bounds) -> jax.Array:
+        """Whether it ends here."""
+        return self.step + 1 >= self.bounds(bounds)[1]
+
+    def next(self, bounds) -> "Place":
+        """The step after it, of the next tile after a tile's last."""
+        done = self.is_last(bounds)
+        tile = self.tile + jnp.where(done, 1, 0)
+        return Place(tile, jnp.where(done, bounds[0, 0, 0, 0, 2 * tile], self.step + 1))
+
+
+def first_place(bounds) -> Place:
+    """Where the first tile's list starts."""
+    return Place(jnp.int32(0), bounds[0, 0, 0, 0, 0])
+
+
+NO_PLACE = (0, -1)
+"""A place before the first, which is neither a tile's first nor its last."""
+
+
+def total_steps(bounds):
+    """Steps of all tiles."""
+    return bounds[0, 0, 0, 0, BOUNDS - 1]
+
+
+def read_step(entries, place, plan):
+    """Entries of one step; past the tile's last an entry is 0: block 0, which no query reads."""
+    # A pipelined loop looks past the last tile.
+    tile = jnp.minimum(place.tile, TILES - 1)
+    first = tile * plan.places + jnp.maximum(place.step, 0) * plan.step_blocks
+    return [entries[0, 0, 0, 0, first + j] for j in range(plan.step_blocks)]
+
+
+def tokens_of(place):
+    """Queries of a place's tile within the grid step."""
+    tile = jnp.minimum(place.tile, TILES - 1)
+    return pl.ds(pl.multiple_of(tile * TILE, TILE), TILE)
 
 
 def block_of(entry):
@@ -153,11 +203,10 @@ def scaled_logits(q, k, bias, plan):
     logits = jax.lax.dot_general(
         q, k, (((1,), (1,)), ((), ())), precision=plan.precision, preferred_element_type=jnp.float32
     )
-    logits = logits * (tpu.LOG2_E * plan.scale)
     return (logits.reshape(plan.group, TILE, plan.step_keys) + bias[None]).reshape(plan.rows, plan.step_keys)
 
 
-def specs(plan, places):
+def specs(plan):
     """Block specs: q-like, lse-like, k-like, (lists, bounds)."""
     group, size = plan.group, plan.head_dim
     return (
@@ -169,10 +218,15 @@ def specs(plan, places):
             pipeline_mode=pl.Buffered(1),
         ),
         (
-            pl.BlockSpec((1, 1, 1, TILES, places), lambda b, n, i, _: (b, n, i, 0, 0), memory_space=pltpu.SMEM),
-            pl.BlockSpec((1, 1, 1, 1, 2 * TILES), lambda b, n, i, _: (b, n, i, 0, 0), memory_space=pltpu.SMEM),
+            pl.BlockSpec((1, 1, 1, 1, TILES * plan.places), lambda b, n, i, _: (b, n, i, 0, 0), memory_space=pltpu.SMEM),
+            pl.BlockSpec((1, 1, 1, 1, BOUNDS), lambda b, n, i, _: (b, n, i, 0, 0), memory_space=pltpu.SMEM),
         ),
     )
+
+
+def over_lanes(x: jax.Array, plan) -> jax.Array:
+    """[rows, 128], alike in all lanes, -> [rows, keys of a step]."""
+    return jnp.concatenate([x] * (plan.step_keys // tpu.LANES), axis=1)
 
 
 def rows_to_lanes(column: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ from jaxtyping import Float, Float32, Int
 from pallas_kernels import tpu_flash
 from pallas_kernels.common import ArrayLike, Scalar, query_indices, resolve_lengths, zero_where
 
-_TILES = tpu_flash.Tiles(queries=128, keys=512, chunk=128)
+_TILES = tpu_flash.Tiles(queries=256, keys=512, chunk=128)
 
 
 def window_attention(
