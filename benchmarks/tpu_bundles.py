@@ -83,6 +83,16 @@ class Schedule:
         """Stores and loads of vector registers that found no place."""
         return self.slots.get("VSTORE:SPILL", 0) + self.slots.get("VLOAD:FILL", 0)
 
+    def static_cycles(self) -> int | None:
+        """Bundles by the loops' constant limits, every branch taken; None where a loop has no such limit."""
+
+        def count(region: Region, runs: int) -> int:
+            return runs * region.own + sum(count(x, runs * (x.limit if x.kind == "loop" else 1)) for x in region.inner)
+
+        if any(region.kind == "loop" and region.limit is None for region in self.body.walk()):
+            return None
+        return count(self.body, 1)
+
     def use(self, region: Region, unit: str) -> float:
         """Share of a unit's slots that the region's own bundles use."""
         return region.slots[unit] / (self.capacity[unit] * max(region.own, 1))

@@ -48,6 +48,10 @@ def test_loops_and_branches_are_found():
     assert loop.own == 22 - 2 - 9
     assert schedule.body.own == 27 - 22
     assert schedule.use(product, "MXU") == pytest.approx(6 / (4 * 9))
+    assert schedule.static_cycles() is None
+    fixed = dataclasses.replace(loop, inner=(branch, dataclasses.replace(product, limit=3)))
+    fixed = dataclasses.replace(schedule, body=dataclasses.replace(schedule.body, inner=(fixed,)))
+    assert fixed.static_cycles() == 5 + 34 * (11 + 2 + 3 * 9)
     assert tpu_bundles.from_json(json.loads(json.dumps(tpu_bundles.to_json(schedule)))) == schedule
 
 
