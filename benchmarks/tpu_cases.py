@@ -5,6 +5,7 @@ A name is "OPERATION DIRECTION TOKENS", as in "window forward 32768"; the direct
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -40,12 +41,11 @@ def spec(tokens: int) -> Spec:
     return Spec(f"7B, {tokens} tokens", queries=tokens, keys=tokens)
 
 
-def build(name: str, chip: str) -> Built:
+def build(name: str) -> Built:
     """A function to compile and the shapes of its arguments.
 
     Args:
-      name: "OPERATION DIRECTION TOKENS", "splash DIRECTION TOKENS" or a calibration case of `tpu_calibration`.
-      chip: for splash attention, whose tiles differ.
+      name: "OPERATION DIRECTION TOKENS", "splash DIRECTION TOKENS TILES" or a case of `tpu_calibration`.
 
     Returns:
       The function and its arguments' shapes.
@@ -57,15 +57,19 @@ def build(name: str, chip: str) -> Built:
 
     if name in tpu_calibration.CASES:
         return tpu_calibration.CASES[name].build()
-    operation, direction, *rest = name.split()
-    if direction not in DIRECTIONS or len(rest) != 1 or (operation != "splash" and operation not in OPERATIONS):
-        raise ValueError(f"case is {name!r}, expected OPERATION DIRECTION TOKENS with one of {', '.join(OPERATIONS)}")
-    tokens = int(rest[0])
+    form = re.fullmatch(r"(\w+) (\w+) (\d+)( \d+)?", name)
+    operation, direction, size, tiles = form.groups() if form else ("", "", "", None)
+    known = operation in OPERATIONS if tiles is None else operation == "splash" and tiles.strip() in SPLASH_TILES
+    if not known or direction not in DIRECTIONS:
+        raise ValueError(
+            f"case is {name!r}, expected OPERATION DIRECTION TOKENS with one of {', '.join(OPERATIONS)}, "
+            f"or splash DIRECTION TOKENS TILES with one of {', '.join(SPLASH_TILES)}"
+        )
     if operation == "splash":
-        function, shapes = dense_splash(SplashShape(1, tokens, 28, 4, 128), SPLASH_TILES[chip])
+        function, shapes = dense_splash(dense_shape(int(size)), SPLASH_TILES[tiles.strip()])
         count = 3
     else:
-        function, shapes, count = OPERATIONS[operation](spec(tokens))
+        function, shapes, count = OPERATIONS[operation](spec(int(size)))
     return with_gradient(function, shapes, count) if direction == "train" else (function, shapes)
 
 
@@ -146,13 +150,12 @@ OPERATIONS: dict[str, Callable[[Spec], tuple[Callable[..., Any], Shapes, int]]] 
 
 def names() -> list[str]:
     """The cases of the table: the whole attention, text queries over the visual keys, and the baseline."""
-    return [
-        f"{operation} {direction} {tokens}"
-        for tokens in reversed(TOKENS)
-        for operation in ("nsa", "splash", "prefix")
-        for direction in DIRECTIONS
-        if (operation, direction) != ("prefix", "forward")  # its kernel is in the other one, too
-    ]
+    found = []
+    for tokens in reversed(TOKENS):
+        found += [f"nsa {direction} {tokens}" for direction in DIRECTIONS]
+        found += [f"splash {direction} {tokens} {tiles}" for direction in DIRECTIONS for tiles in SPLASH_TILES]
+        found.append(f"prefix train {tokens}")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,11 +178,11 @@ class SplashTiles:
 
 
 SPLASH_TILES = {
-    "v5e": SplashTiles(1024, 1024, 512),
-    "v5p": SplashTiles(1024, 1024, 512),
-    "v6e": SplashTiles(1024, 1024, 512),
+    "512": SplashTiles(512, 512, 512),
+    "1024": SplashTiles(1024, 1024, 512, backward=(1024, 1024, 512), dq=(1024, 1024)),
+    "2048": SplashTiles(2048, 2048, 512, backward=(2048, 1024, 512), dq=(2048, 1024)),
 }
-"""The quickest by this model among those tried (docs/tpu.md)."""
+"""The baseline takes the quickest of these for each kernel."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +195,12 @@ class SplashShape:
     kv_heads: int
     head_dim: int
     causal: bool = True
+
+
+def dense_shape(tokens: int) -> SplashShape:
+    """The dense call that VideoNSA-7B's attention stands in for."""
+    shape = spec(tokens)
+    return SplashShape(1, tokens, shape.kv_heads * shape.group_size, shape.kv_heads, shape.head_dim)
 
 
 def dense_splash(shape: SplashShape, tiles: SplashTiles) -> Built:

@@ -166,7 +166,7 @@ def lower_case(name: str, chip: str) -> Any:
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
     place = SingleDeviceSharding(topology.devices[0])
     with tpu.compiling_for(chip):
-        function, shapes = tpu_cases.build(name, chip)
+        function, shapes = tpu_cases.build(name)
         arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in shapes]
         return jax.jit(function).lower(*arguments)
 

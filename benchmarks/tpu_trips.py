@@ -79,11 +79,11 @@ def works(case: str, chip: str, kernels: dict[str, int], rho: float) -> dict[str
             if published.product is not None:
                 return {name: matmul(*published.product) for name in kernels}
             return {name: splash(name, *published.attention) for name in kernels}
-        operation, _, size = case.split()
+        operation, _, size, *tiles = case.split()
         tokens = int(size)
         if operation == "splash":
-            shape = SplashShape(1, tokens, 28, 4, 128)
-            return {name: splash(name, shape, tpu_cases.SPLASH_TILES[chip]) for name in kernels}
+            shape = tpu_cases.dense_shape(tokens)
+            return {name: splash(name, shape, tpu_cases.SPLASH_TILES[tiles[0]]) for name in kernels}
         found, chunk = {}, {"forward": 0, "backward": 0}
         for name, runs in kernels.items():
             if "selected_attention" in name:

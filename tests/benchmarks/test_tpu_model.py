@@ -179,6 +179,6 @@ def test_tables_stand_between_their_markers(tmp_path):
 
 def test_unknown_cases_are_named():
     with pytest.raises(ValueError, match="case is 'widow forward 8192', expected OPERATION DIRECTION TOKENS"):
-        tpu_cases.build("widow forward 8192", "v5e")
+        tpu_cases.build("widow forward 8192")
     with pytest.raises(ValueError, match=r"kernel other\.1 is not known"):
         tpu_trips.flash("other.1", 8192)

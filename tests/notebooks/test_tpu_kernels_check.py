@@ -4,6 +4,7 @@ import runpy
 from pathlib import Path
 
 import jupytext
+import pytest
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
@@ -16,11 +17,12 @@ def test_notebook_is_made_from_the_script():
     assert not any(cell.get("outputs") for cell in notebook.cells)
 
 
+@pytest.mark.slow
 def test_notebook_runs(capsys):
     names = runpy.run_path(str(NOTEBOOKS / "tpu_kernels_check.py"))
     assert all(isinstance(ms, float) for ms in names["results"].values()), names["results"]
     printed = capsys.readouterr().out
     for operation in ("compressed", "selected", "window", "prefix", "nsa"):
         assert f"{operation:12} relative distances" in printed
-    for case in ("splash forward 128", "splash train 128", "selection forward 128", "nsa train 128 rho 0.8"):
+    for case in ("splash forward 128", "splash train 128", "selection forward 128"):
         assert f"| {case} |" in printed
