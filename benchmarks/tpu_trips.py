@@ -146,7 +146,7 @@ def flash(kernel: str, tokens: int) -> Work:
         raise ValueError(f"kernel {kernel} is not known to benchmarks/tpu_trips.py, expected one of {known}")
     spec = tpu_cases.spec(tokens)
     end, keys, tiles, window = _ends(operation, tokens)
-    tiles = tpu_flash._fit(tiles, keys)
+    tiles = tpu_flash._fit(tiles, len(end), keys)
     call = tpu_flash._Call(
         name=operation,
         tiles=tiles,
@@ -265,28 +265,31 @@ def drawn_lists(tokens: int, rho: float) -> tile_lists.TileLists:
 
 @functools.cache
 def chunk_steps(tokens: int, chip: str, rho: float, chunk: int, backward: bool) -> tuple[Plan, np.ndarray]:
-    """How a kernel of selected attention is cut on a chip, and the steps of each tile of one head in one chunk."""
+    """How a kernel of selected attention is cut on a chip, and the list steps of each grid step of one head."""
     spec, lists = tpu_cases.spec(tokens), drawn_lists(tokens, rho)
     with tpu.compiling_for(chip):
         places = lists.entries.shape[-1]
         plan = make_plan("selected_attention", spec.shapes[0], tokens, places, spec.block_size, backward=backward)
     _, bounds = jax.jit(selected_tpu._lists_of_chunk, static_argnums=(1, 3))(lists, tokens, jnp.int32(chunk), plan)
-    return plan, np.asarray(bounds).reshape(-1, 2)[:, 1]
+    return plan, np.asarray(bounds)[..., -1].reshape(-1)
 
 
 def selected(part: str, tokens: int, chip: str, rho: float, chunk: int) -> Work:
     """One chunk of keys of a kernel of selected attention, its lists drawn."""
     spec, backward = tpu_cases.spec(tokens), part == "backward"
     plan, steps = chunk_steps(tokens, chip, rho, chunk, backward)
-    heads, tiles = spec.kv_heads, len(steps)
-    if backward:
-        loops = (heads * plan.chunk_blocks, heads * tiles, heads * int(steps.sum()))
-    else:
-        # Three stages side by side: two runs of the body more than steps, two steps in each.
-        loops = (heads * tiles, heads * int((-(-(steps + 2) // 2)).sum()))
-    grid = heads * tiles // TILES
+    heads, grid = spec.kv_heads, len(steps)
+    # Three stages side by side: two runs of the body more than list steps.
+    walk = heads * int((steps + 2).sum())
+    loops = (heads * plan.chunk_blocks, heads * grid * TILES, walk) if backward else (walk,)
     carried = plan.chunks > 1
     row_bytes = math.prod(spec.shapes[0].shape) * ((8 + 4 * carried) if backward else (4 + 6 * carried))
     key_bytes = 2 * heads * plan.chunk_keys * spec.head_dim * (2 + 4 * backward)
-    list_bytes = heads * tiles * plan.places * 4
-    return Work(grid, loops, rows=heads, hbm_bytes=row_bytes + key_bytes + list_bytes, transfers=grid)
+    list_bytes = heads * grid * TILES * plan.places * 4
+    return Work(
+        steps=heads * grid,
+        loops=loops,
+        rows=heads * grid * TILES,
+        hbm_bytes=row_bytes + key_bytes + list_bytes,
+        transfers=heads * grid,
+    )

@@ -148,9 +148,9 @@ def test_trips_of_flash_kernels_cover_what_is_seen(operation, kernel):
     start = np.zeros_like(end) if window is None else np.maximum(end - window, 0)
     key = np.arange(keys)
     seen = (key >= start[:, None]) & (key < end[:, None])
-    chunk = min(tiles.chunk, -(-keys // 128) * 128)
-    seen = np.pad(seen, [(0, -len(end) % tiles.queries), (0, -keys % chunk)])
-    visited = seen.reshape(-1, tiles.queries, seen.shape[1] // chunk, chunk).any(axis=(1, 3)).sum()
+    chunk, rows = (min(x, -(-y // 128) * 128) for x, y in ((tiles.chunk, keys), (tiles.queries, len(end))))
+    seen = np.pad(seen, [(0, -len(end) % rows), (0, -keys % chunk)])
+    visited = seen.reshape(-1, rows, seen.shape[1] // chunk, chunk).any(axis=(1, 3)).sum()
     assert sum(work.loops) == 4 * visited
 
 
