@@ -267,9 +267,15 @@ def drawn_lists(tokens: int, rho: float) -> tile_lists.TileLists:
 def chunk_steps(tokens: int, chip: str, rho: float, chunk: int, backward: bool) -> tuple[Plan, np.ndarray]:
     """How a kernel of selected attention is cut on a chip, and the list steps of each grid step of one head."""
     spec, lists = tpu_cases.spec(tokens), drawn_lists(tokens, rho)
-    with tpu.compiling_for(chip):
+    plans: list[Plan] = []
+
+    def trace(q: jax.Array) -> None:
         places = lists.entries.shape[-1]
-        plan = make_plan("selected_attention", spec.shapes[0], tokens, places, spec.block_size, backward=backward)
+        plans.append(make_plan("selected_attention", q, tokens, places, spec.block_size, backward=backward))
+
+    with tpu.compiling_for(chip):
+        jax.eval_shape(trace, spec.shapes[0])
+    (plan,) = plans
     _, bounds = jax.jit(selected_tpu._lists_of_chunk, static_argnums=(1, 3))(lists, tokens, jnp.int32(chunk), plan)
     return plan, np.asarray(bounds)[..., -1].reshape(-1)
 

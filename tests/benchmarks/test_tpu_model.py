@@ -154,6 +154,19 @@ def test_trips_of_flash_kernels_cover_what_is_seen(operation, kernel):
     assert sum(work.loops) == 4 * visited
 
 
+def test_trips_of_selected_attention_walk_the_lists():
+    tokens, rho, tile = 4096, 0.8, tpu_trips.TILE
+    chosen = tpu_cases.drawn_selection(tokens, rho).reshape(-1, tile * 32)
+    unions = np.array([len(np.unique(row[row >= 0])) for row in chosen])
+    plan, _ = tpu_trips.chunk_steps(tokens, "v6e", rho, 0, False)
+    assert plan.chunks == 1
+    steps = -(-unions // plan.step_blocks)
+    for part in ("forward", "backward"):
+        work = tpu_trips.selected(part, tokens, "v6e", rho, 0)
+        assert work.steps == 4 * len(unions) // tpu_trips.TILES
+        assert work.loops[-1] == 4 * steps.sum() + 2 * work.steps
+
+
 def test_bisection_rounds_suffice_for_the_kernel():
     """As many rounds as simulated separate the best blocks, one fewer does not for some tile."""
     assert tpu_trips.bisection_rounds(20, 32) == 0

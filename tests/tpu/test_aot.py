@@ -68,6 +68,7 @@ def test_whole_attention_compiles_in_shard_map(direction, chip):
         split = NamedSharding(mesh, PartitionSpec(None, "context", "tensor"))
         arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split) for x in shapes]
         compiled = jax.jit(function).lower(*arguments).compile()
-    kernels, operations = tpu_compile.read_program(compiled.as_text())
+    text = compiled.as_text()
+    kernels, _ = tpu_compile.read_program(text)
     assert_holds(kernels, KERNELS["nsa", direction])
-    assert any("all-gather" in operation.name for operation in operations), "keys are not gathered over the context"
+    assert "all-gather" in text, "keys are not gathered over the context"
