@@ -98,6 +98,14 @@ class Schedule:
         return region.slots[unit] / (self.capacity[unit] * max(region.own, 1))
 
 
+_BUNDLES, _USE = r"\d+-final_bundles\.txt", r"\d+-final_hlo-static-per-bundle-utilization\.txt"
+
+
+def is_dumped(folder: Path, name: str) -> bool:
+    """Whether the compiler dumped the schedule of an HLO instruction."""
+    return bool(_dumps(folder, name, _BUNDLES))
+
+
 def read_schedules(folder: Path, names: set[str]) -> dict[str, Schedule]:
     """Reads the dumps of the named kernels.
 
@@ -114,18 +122,16 @@ def read_schedules(folder: Path, names: set[str]) -> dict[str, Schedule]:
     """
     schedules = {}
     for name in sorted(names):
-        bundles = _newest(folder, name, r"\d+-final_bundles\.txt")
-        use = _newest(folder, name, r"\d+-final_hlo-static-per-bundle-utilization\.txt")
-        schedules[name] = parse_schedule(name, bundles.read_text(), use.read_text())
+        bundles, use = (_dumps(folder, name, suffix) for suffix in (_BUNDLES, _USE))
+        if not bundles or not use:
+            raise FileNotFoundError(f"{folder} holds no final bundles of {name}: did the compiler dump its schedule?")
+        schedules[name] = parse_schedule(name, bundles[-1].read_text(), use[-1].read_text())
     return schedules
 
 
-def _newest(folder: Path, name: str, suffix: str) -> Path:
+def _dumps(folder: Path, name: str, suffix: str) -> list[Path]:
     pattern = re.compile(rf"\d+-{re.escape(name)}-{suffix}")
-    found = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
-    if not found:
-        raise FileNotFoundError(f"{folder} holds no {suffix} of {name}: did the compiler dump its schedule?")
-    return found[-1]
+    return sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
 
 
 def parse_schedule(name: str, bundles: str, utilization: str) -> Schedule:

@@ -193,8 +193,9 @@ def compile_lowered(lowered: Any, name: str, chip: str, dumps: Path | None = Non
     if dumps is not None:
         for kernel, schedule in tpu_bundles.read_schedules(dumps, set(kernels)).items():
             kernels[kernel]["schedule"] = tpu_bundles.to_json(schedule)
-        # XLA states no estimate of its sorts, but dumps their loops, whose limits are constants.
+        # XLA states no estimate of its sorts, but dumps the loops of most, whose limits are constants.
         sorts = {x.name for x in operations if x.cycles is None and x.name.startswith("sort")}
+        sorts = {name for name in sorts if tpu_bundles.is_dumped(dumps, name)}
         cycles = {name: x.static_cycles() for name, x in tpu_bundles.read_schedules(dumps, sorts).items()}
         operations = tuple(dataclasses.replace(x, cycles=cycles.get(x.name, x.cycles)) for x in operations)
         shutil.rmtree(dumps)
