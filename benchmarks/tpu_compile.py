@@ -209,24 +209,27 @@ def case_path(folder: Path, chip: str, name: str) -> Path:
     return folder / f"{chip} {name}.json".replace("/", "_").replace(" ", "_")
 
 
-def compile_cases(names: Iterable[str], chip: str, folder: Path) -> dict[str, Program | str]:
+def compile_cases(names: Iterable[str], chip: str, folder: Path) -> None:
     """Compiles cases for a chip in a process of its own, with schedules.
 
     Args:
       names: cases of `benchmarks.tpu_cases`.
       chip: a key of `TOPOLOGIES`.
-      folder: where results are kept, one JSON per case; a case that lowers to the same program is not compiled again.
-
-    Returns:
-      A program per case, or the refusal as a sentence.
+      folder: gets one JSON per case; a case that lowers to the same program as last time is not compiled again.
     """
-    names = list(names)
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "benchmarks.tpu_compile", f"--chip={chip}", f"--out={folder}", *names]
     subprocess.run(command, check=True, env={**os.environ, **ENVIRONMENT})
+
+
+def read_cases(names: Iterable[str], chip: str, folder: Path) -> dict[str, Program | str]:
+    """Programs, or refusals as sentences, that `compile_cases` left in a folder; cases not there are left out."""
     programs: dict[str, Program | str] = {}
     for name in names:
-        record = json.loads(case_path(folder, chip, name).read_text())
+        path = case_path(folder, chip, name)
+        if not path.exists():
+            continue
+        record = json.loads(path.read_text())
         if "refused" in record:
             programs[name] = record["refused"]
             continue

@@ -59,7 +59,7 @@ def calibration_rows(programs: dict[str, dict[str, tpu_compile.Program | str]]) 
     """Published against modelled times."""
     rows = []
     for name, published in tpu_calibration.CASES.items():
-        program = programs[published.chip][name]
+        program = programs[published.chip].get(name, "not compiled")
         row: Record = {"case": name, "chip": published.chip, "published_ms": published.milliseconds}
         row["source"] = published.source
         if isinstance(program, str):
@@ -148,6 +148,12 @@ def _kernel_cell(parts: list[Record]) -> str:
     return f"**{times}** {longest['bound']}, {size}, {longest['spills']} spills, {use} %"
 
 
+def _xla_cell(record: Record) -> str:
+    if "ms" in record:
+        return f"{_milliseconds(record['xla_ms'])}, code of all {record['code_bytes'] / 2**20:.1f} MiB"
+    return f"refused: {record['refused'].splitlines()[0][:80]}" if "refused" in record else ""
+
+
 def kernel_table(cases: Record) -> str:
     """Code, VMEM, slots used and modelled time of each kernel."""
     rows = []
@@ -161,15 +167,12 @@ def kernel_table(cases: Record) -> str:
             chips = cases.get(f"{operation.split(',')[0]} train {tokens}{tiles}", {})
             kernels = {chip: _by_label(record) for chip, record in chips.items()}
             for label in dict.fromkeys(label for found in kernels.values() for label in found):
-                cells = [_kernel_cell(found[label]) if label in found else "" for found in kernels.values()]
+                cells = [
+                    _kernel_cell(found[label]) if label in (found := kernels.get(chip, {})) else "" for chip in CHIPS
+                ]
                 rows.append([label, tokens, *cells])
-            parts = [
-                f"{_milliseconds(record['xla_ms'])}, code {record['code_bytes'] / 2**20:.1f} MiB"
-                if "ms" in record
-                else "refused"
-                for record in chips.values()
-            ]
-            if parts:
+            parts = [_xla_cell(chips.get(chip, {})) for chip in CHIPS]
+            if any(parts):
                 rows.append([f"XLA's part of {operation}", tokens, *parts])
     return table(["kernel", "T", *CHIPS], rows)
 
@@ -219,6 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--programs", type=Path, help="folder that keeps what was compiled; default a temporary one")
+    parser.add_argument("--compiled", action="store_true", help="compile nothing: take what lies in --programs")
     parser.add_argument("--cases", default="", help="only cases that contain one of these, comma-separated")
     parser.add_argument("--workers", type=int, default=1, help="chips that compile at the same time")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/tpu_schedule.json")
@@ -231,12 +235,17 @@ def main(arguments: list[str] | None = None) -> None:
         folder = options.programs or Path(temporary)
 
         def compile_all(chip: str) -> dict[str, tpu_compile.Program | str]:
-            published = [name for name, case in tpu_calibration.CASES.items() if case.chip == chip]
-            return tpu_compile.compile_cases([*published, *names], chip, folder)
+            wished = [name for name, case in tpu_calibration.CASES.items() if case.chip == chip] + names
+            if not options.compiled:
+                tpu_compile.compile_cases(wished, chip, folder)
+            return tpu_compile.read_cases(wished, chip, folder)
 
         programs = dict(zip(CHIPS, pool.map(compile_all, CHIPS), strict=True))
 
-    cases = {name: {chip: model_case(programs[chip][name], name, chip) for chip in CHIPS} for name in names}
+    cases = {
+        name: {chip: model_case(programs[chip][name], name, chip) for chip in CHIPS if name in programs[chip]}
+        for name in names
+    }
     calibration = calibration_rows(programs)
     whole = whole_times(cases)
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
