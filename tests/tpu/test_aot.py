@@ -23,12 +23,11 @@ KERNELS = {
     ("prefix", "forward"): {"prefix_attention_forward"},
     ("prefix", "train"): {"prefix_attention_forward", "prefix_attention_dq", "prefix_attention_dkv"},
 }
-KERNELS["nsa", "forward"] = set().union(
-    *(KERNELS[name, "forward"] for name in ("compressed", "selection", "selected", "window"))
-)
-KERNELS["nsa", "train"] = set().union(
-    KERNELS["selection", "forward"], *(KERNELS[name, "train"] for name in ("compressed", "selected", "window"))
-)
+BRANCHES = ("compressed", "selection", "selected", "window")
+WHOLE = {
+    direction: set().union(*(KERNELS.get((name, direction), KERNELS[name, "forward"]) for name in BRANCHES))
+    for direction in tpu_cases.DIRECTIONS
+}
 
 
 def assert_holds(kernels, wanted):
@@ -70,5 +69,5 @@ def test_whole_attention_compiles_in_shard_map(direction, chip):
         compiled = jax.jit(function).lower(*arguments).compile()
     text = compiled.as_text()
     kernels, _ = tpu_compile.read_program(text)
-    assert_holds(kernels, KERNELS["nsa", direction])
+    assert_holds(kernels, WHOLE[direction])
     assert "all-gather" in text, "keys are not gathered over the context"
