@@ -186,7 +186,7 @@ def calibration_table(rows: list[Record]) -> str:
                 row["case"],
                 row["chip"],
                 row["published_ms"],
-                f"{row['modelled_ms']:.3f}" if "modelled_ms" in row else "does not compile",
+                f"{row['modelled_ms']:.3f}" if "modelled_ms" in row else row["refused"].splitlines()[0][:60],
                 f"{100 * row['error']:+.0f} %" if "error" in row else "",
                 ", ".join(row.get("bound", [])),
                 row["source"],
