@@ -29,18 +29,16 @@ def as_rows(
       k_lengths: valid keys.
 
     Returns:
-      q, k, v and how many keys each query sees; finite where `k_lengths` or `visible` hides something.
+      q, k, v and how many keys each query sees; q is finite, keys past the largest count may be NaN.
     """
     q, k, v, visible = (jnp.asarray(x) for x in (q, k, v, visible))
     (batch, rows, queries), keys = q.shape[:3], k.shape[-3]
-    if k_lengths is None:
-        count = jnp.minimum(visible, keys)
-    else:
+    count = jnp.minimum(visible, keys)
+    if k_lengths is not None:
         length = jnp.asarray(k_lengths)
-        length = length.reshape(length.shape + (1,) * (2 - length.ndim))
-        count = jnp.minimum(visible, length[..., None])
-        k, v = (_zero_past(x, length) for x in (k, v))
-    q = zero_where(count <= 0, q)
+        count = jnp.minimum(count, length.reshape(length.shape + (1,) * (3 - length.ndim)))
+    count = jnp.maximum(count, 0)
+    q = zero_where(count == 0, q)
 
     shared = k.ndim == 4
     lead = (batch, rows * queries) if shared else (batch * rows, queries)
@@ -49,7 +47,6 @@ def as_rows(
     return q.reshape(*lead, *q.shape[3:]), k, v, count.reshape(lead)
 
 
-def _zero_past(x: jax.Array, length: jax.Array) -> jax.Array:
-    # Keys shared by rows of different lengths are finite up to the longest.
-    length = length.max(axis=1, initial=0) if x.ndim == 4 else jnp.broadcast_to(length, x.shape[:2])
-    return zero_where(jnp.arange(x.shape[-3]) >= length[..., None], x)
+def zero_unseen(x: Float[jax.Array, "rows S N D"], count: Int[jax.Array, "rows T"]) -> Float[jax.Array, "rows S N D"]:
+    """Zeros the keys or values that no query of their row sees."""
+    return zero_where(jnp.arange(x.shape[1]) >= count.max(axis=1, initial=0)[:, None], x)

@@ -5,7 +5,7 @@ from jaxtyping import Float, Float32, Int
 
 from pallas_kernels.chunked import dense_attention
 from pallas_kernels.common import ArrayLike
-from pallas_kernels.prefix_attention.rows import as_rows
+from pallas_kernels.prefix_attention.rows import as_rows, zero_unseen
 
 
 def prefix_attention(
@@ -16,5 +16,6 @@ def prefix_attention(
     k_lengths: Int[ArrayLike, "B"] | Int[ArrayLike, "B Q"] | None,
 ) -> tuple[Float[jax.Array, "B Q Lt N G D"], Float32[jax.Array, "B Q Lt N G"]]:
     """Attends to the prefix; arguments and results as in `api.prefix_attention`."""
-    o, lse = dense_attention(*as_rows(q, k, v, visible, k_lengths))
+    rows, keys, values, count = as_rows(q, k, v, visible, k_lengths)
+    o, lse = dense_attention(rows, zero_unseen(keys, count), zero_unseen(values, count), count)
     return o.reshape(q.shape), lse.reshape(q.shape[:-1])
