@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks import tpu_calibration, tpu_cases
 from benchmarks.tpu_cases import SplashShape, SplashTiles
-from pallas_kernels import tile_lists, tpu, tpu_flash
+from pallas_kernels import tile_lists, tpu, tpu_flash, tpu_flash_kernels
 from pallas_kernels.compressed_attention import mosaic_tpu as compressed_tpu
 from pallas_kernels.prefix_attention import mosaic_tpu as prefix_tpu
 from pallas_kernels.selected_attention import mosaic_tpu as selected_tpu
@@ -147,7 +147,7 @@ def flash(kernel: str, tokens: int) -> Work:
     spec = tpu_cases.spec(tokens)
     end, keys, tiles, window = _ends(operation, tokens)
     tiles = tpu_flash._fit(tiles, len(end), keys)
-    call = tpu_flash._Call(
+    call = tpu_flash_kernels.Call(
         name=operation,
         tiles=tiles,
         window=window,

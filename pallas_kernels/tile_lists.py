@@ -35,7 +35,7 @@ def build(
 ) -> TileLists:
     """Lists the union of the blocks that each tile of queries chose.
 
-    Two sorts of `tile * n` integers per tile and shifts between them: memory linear in T, whatever the number of blocks.
+    Two sorts of `tile * n` integers per tile and shifts between them: memory linear in T, whatever the blocks.
 
     Args:
       block_indices: chosen blocks, in any order; a block that a query names twice counts once.

@@ -92,13 +92,15 @@ def _attend_forward(
 
     def chunk_body(before: Any, chunk: Any) -> tuple[Any, None]:
         k, v, i = chunk
-        scalars = (q_offset - i * plan.chunk_keys)[None]
+        first_query = (q_offset - i * plan.chunk_keys)[None]
         entries, bounds = _lists_of_chunk(lists, queries, i, plan)
         out_dtype = q.dtype if plan.chunks == 1 else jnp.float32
-        return tuple(forward_chunk(scalars, entries, bounds, q_rows, k, v, before, plan, out_dtype)), None
+        return forward_chunk(first_query, entries, bounds, q_rows, k, v, before, plan, out_dtype), None
 
     (o, lse), _ = _over_chunks(chunk_body, chunks)
-    o, lse = tpu.from_group_major(o, q.shape[1]).astype(q.dtype), _from_tiles(lse, q.shape)
+    o = tpu.from_group_major(o, q.shape[1]).astype(q.dtype)
+    lse = _from_tiles(lse, q.shape)
+    lse = jnp.where(lse > EMPTY_LSE, lse / tpu.LOG2_E, EMPTY_LSE)
     return (o, lse), (q, k, v, lists, q_offset, past, o, lse)
 
 
@@ -118,10 +120,10 @@ def _attend_backward(block_size: int, saved: Any, cotangents: tuple[jax.Array, j
 
     def chunk_body(dq: Any, chunk: Any) -> tuple[Any, Any]:
         k, v, i = chunk
-        scalars = (q_offset - i * plan.chunk_keys)[None]
+        first_query = (q_offset - i * plan.chunk_keys)[None]
         entries, bounds = _lists_of_chunk(lists, queries, i, plan)
         q_rows, do_rows, lse, delta = rows
-        dq, dk, dv = backward_chunk(scalars, entries, bounds, q_rows, k, v, do_rows, lse, delta, dq, plan)
+        dq, dk, dv = backward_chunk(first_query, entries, bounds, q_rows, k, v, do_rows, lse, delta, dq, plan)
         return dq, ((dk / tpu.LOG2_E).astype(q.dtype), dv.astype(q.dtype))
 
     dq, gradients = _over_chunks(chunk_body, chunks)

@@ -3,20 +3,44 @@
 Values to 1e-5 and gradients to 1e-4 of the largest entry: some hundred roundings of float32 (6e-8).
 """
 
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Case, assert_close
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import selected_attention, tile_lists, tpu
-from pallas_kernels.selected_attention import mosaic_tpu, mosaic_tpu_steps
+from pallas_kernels import nsa_attention, selected_attention, tile_lists, tpu
+from pallas_kernels.selected_attention import mosaic_tpu_steps
+
+CHECK = Path(__file__).with_name("sharded_tpu_check.py")
+
+
+@pytest.fixture(autouse=True)
+def short_steps(request):
+    """Compiling an interpreted step takes longer the more blocks it holds."""
+    with mock.patch.object(mosaic_tpu_steps, "STEP_KEYS", 1024 if "whole_steps" in request.keywords else 128):
+        yield
+
+
+@contextlib.contextmanager
+def vmem(bytes_):
+    with mock.patch.object(tpu, "_SMALLEST", dataclasses.replace(tpu.CHIPS["v5p"], vmem_bytes=bytes_)):
+        yield
+
 
 CASES = {
     "ragged": Case(B=2, T=77, S=150, N=1, G=2, D=64, s=32, n=3, q_offset=70, lengths=(150, 101)),
     "group of 7, T not a multiple": Case(B=1, T=150, S=150, N=2, G=7, D=64, s=64, n=2),
-    "released sizes": Case(B=1, T=40, S=240, N=1, G=7, D=128, s=64, n=3, q_offset=200),
     "empty row": Case(B=2, T=35, S=35, N=1, G=1, D=64, s=32, n=2, lengths=(0, 35)),
     "wide blocks": Case(B=1, T=20, S=300, N=1, G=8, D=64, s=128, n=2, q_offset=280),
 }
@@ -37,7 +61,8 @@ def chosen(case, *, sinks=False, duplicates=False):
     return indices
 
 
-def values_and_gradients(case, indices, implementation, dtype=jnp.float32):
+def prepared(case, indices, implementation, dtype=jnp.float32):
+    """A function that gives o, lse, dq, dk and dv, compiled on its first call."""
     arrays = [jnp.asarray(x, dtype) for x in (case.queries(), *case.keys())]
     do, dlse = case.cotangents()
     cotangents = jnp.asarray(do, dtype), jnp.asarray(dlse)
@@ -51,12 +76,12 @@ def values_and_gradients(case, indices, implementation, dtype=jnp.float32):
         results, pull = jax.vjp(run, *arrays)
         return *results, *pull(cotangents)
 
-    return compiled(arrays, cotangents, case.q_offset)
+    return lambda: compiled(arrays, cotangents, case.q_offset)
 
 
 def check(case, indices, dtype=jnp.float32, value=1e-5, gradient=1e-4):
-    actual = values_and_gradients(case, indices, "mosaic_tpu", dtype)
-    expected = values_and_gradients(case, indices, "reference", dtype)
+    actual = prepared(case, indices, "mosaic_tpu", dtype)()
+    expected = prepared(case, indices, "reference", dtype)()
     for name, x, y in zip(("o", "lse", "dq", "dk", "dv"), actual, expected, strict=True):
         assert x.dtype == y.dtype
         assert_close(x, y, gradient if name[0] == "d" else value, name)
@@ -68,6 +93,151 @@ def test_values_and_gradients(case):
     check(case, chosen(case))
 
 
+@pytest.mark.slow
+@pytest.mark.whole_steps
+def test_steps_of_released_length():
+    case = Case(B=1, T=40, S=240, N=1, G=7, D=128, s=64, n=3, q_offset=200)
+    check(case, chosen(case))
+
+
 def test_a_block_that_every_query_chose_and_one_named_twice():
     case = CASES["ragged"]
     check(case, chosen(case, sinks=True, duplicates=True))
+
+
+def test_keys_in_several_chunks():
+    """The memory of two chunks of 256 keys forward, and of four of 128 backward."""
+    case = Case(B=1, T=150, S=400, N=1, G=2, D=64, s=32, n=5, q_offset=250, lengths=(390,))
+    q = jnp.zeros((1, 150, 1, 2, 64))
+    with vmem(1_720_000):
+        chunks = [mosaic_tpu_steps.make_plan("test", q, 400, 13, 32, backward=x).chunks for x in (False, True)]
+        assert chunks == [2, 4]
+        check(case, chosen(case, sinks=True))
+
+
+def test_bfloat16_keeps_float32_sums():
+    """2e-2 is some roundings of bfloat16 (4e-3) in the queries' scale, the weights, the output and the products."""
+    check(CASES["empty row"], chosen(CASES["empty row"]), jnp.bfloat16, value=2e-2, gradient=2e-2)
+
+
+@pytest.mark.parametrize(("T", "S", "n"), [(0, 40, 2), (3, 0, 2), (5, 40, 0)])
+def test_nothing_to_attend_to(T, S, n):
+    q, k = jnp.ones((1, T, 2, 3, 64)), jnp.ones((1, S, 2, 64))
+    o, lse = selected_attention(
+        q, k, k, jnp.full((1, T, 2, n), -1), block_size=32, q_offset=S, implementation="mosaic_tpu"
+    )
+    np.testing.assert_array_equal(o, np.zeros(q.shape))
+    np.testing.assert_array_equal(lse, np.full(q.shape[:-1], np.float32(-1e30)))
+
+
+def test_results_are_the_same_bits_twice():
+    case = CASES["ragged"]
+    run = prepared(case, chosen(case, sinks=True), "mosaic_tpu")
+    jax.tree.map(np.testing.assert_array_equal, run(), run())
+
+
+@contextlib.contextmanager
+def race_detection():
+    """Runs kernels by the simulator of transfers, which fills what nobody wrote with NaN."""
+    try:
+        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+            yield
+        assert not interpreter.races.races_found
+    finally:
+        pltpu.reset_tpu_interpret_mode_state()
+
+
+def test_no_races():
+    case = Case(B=1, T=3, S=40, N=1, G=1, D=64, s=32, n=2, q_offset=37)
+    with race_detection():
+        check(case, chosen(case))
+
+
+@pytest.mark.slow
+def test_no_races_between_chunks():
+    case = Case(B=1, T=3, S=200, N=1, G=1, D=64, s=32, n=3, q_offset=197)
+    with vmem(1_100_000), race_detection():
+        assert mosaic_tpu_steps.make_plan("test", jnp.zeros((1, 3, 1, 1, 64)), 200, 7, 32, backward=True).chunks > 1
+        check(case, chosen(case))
+
+
+def test_tile_lists():
+    generator = np.random.default_rng(0)
+    indices = generator.integers(-1, 9, (2, 37, 2, 5)).astype(np.int32)
+    readable = (indices >= 0) & (generator.random(indices.shape) < 0.8)
+    lists = jax.jit(lambda x, y: tile_lists.build(x, y, tile=16, blocks=9))(indices, readable)
+    assert lists.entries.shape == (2, 2, 3, 9)
+    for b, n, tile in np.ndindex(2, 2, 3):
+        masks = {}
+        for t in range(16 * tile, min(16 * tile + 16, 37)):
+            for block in indices[b, t, n][readable[b, t, n]]:
+                masks[block] = masks.get(block, 0) | 1 << (t % 16)
+        expected = [block << 16 | masks[block] for block in sorted(masks)]
+        assert lists.counts[b, n, tile] == len(expected)
+        np.testing.assert_array_equal(lists.entries[b, n, tile], expected + [0] * (9 - len(expected)))
+        assert lists.before(4)[b, n, tile] == sum(block < 4 for block in masks)
+
+
+def test_the_whole_attention():
+    case = Case(B=1, T=75, S=75, N=1, G=2, D=64, s=32, n=2, w=20, lengths=(70,))
+    q, (k, v) = case.queries(), case.keys()
+    gates, do = case.draw(1, 75, 1, 2, 3), case.poison(case.draw(*q.shape)[::-1].copy(), 0)
+
+    def run(name):
+        def loss(*arrays):
+            options = {"block_size": 32, "block_count": 2, "window_size": 20, "lengths": case.array_lengths}
+            o = nsa_attention(*arrays, implementation=name, **options)
+            return (o * np.nan_to_num(do)).sum(), o
+
+        (_, o), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(q, k, v, gates)
+        return o, *gradients
+
+    for name, x, y in zip(("o", "dq", "dk", "dv", "dgates"), run("mosaic_tpu"), run("reference"), strict=True):
+        assert_close(x, y, 1e-4, name)
+
+
+@pytest.mark.slow
+def test_two_devices_compute_what_one_does():
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": str(CHECK.parents[2]),
+    }
+    result = subprocess.run(
+        [sys.executable, str(CHECK)], env=environment, capture_output=True, text=True, timeout=550, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.split() == ["context", "tensor"]
+
+
+def trace(T=8, S=64, G=2, D=64, n=2, block_size=32, dtype=jnp.bfloat16):
+    q, k = jax.ShapeDtypeStruct((1, T, 1, G, D), dtype), jax.ShapeDtypeStruct((1, S, 1, D), dtype)
+    indices = jax.ShapeDtypeStruct((1, T, 1, n), jnp.int32)
+
+    def run(q, k, v, indices):
+        return selected_attention(q, k, v, indices, block_size=block_size, implementation="mosaic_tpu")
+
+    return jax.eval_shape(run, q, k, k, indices)
+
+
+def test_what_is_not_covered_is_refused_with_what_is():
+    with pytest.raises(NotImplementedError, match="selected_attention on TPU has D = 32, supported are 64 and 128"):
+        trace(D=32)
+    with pytest.raises(NotImplementedError, match="has dtype float16, supported are bfloat16 and float32"):
+        trace(dtype=jnp.float16)
+    with pytest.raises(NotImplementedError, match="has G = 9, supported are 1 to 8"):
+        trace(G=9)
+    with pytest.raises(NotImplementedError, match="has block_size 16, supported are 32, 64, 128"):
+        trace(block_size=16)
+    with pytest.raises(NotImplementedError, match="has 40000 blocks of keys, supported are at most 32767"):
+        trace(S=40_000 * 32)
+
+
+def test_memory_that_a_chip_lacks_is_refused_with_the_sum():
+    with pytest.raises(NotImplementedError, match=r"needs \d+ bytes of SMEM for twice 8 lists of \d+ places, v5p has"):
+        trace(S=32_000 * 32, n=1000)
+    with (
+        vmem(2**20),
+        pytest.raises(NotImplementedError, match=r"needs [\d.]+ MiB of VMEM \(queries and outputs [\d.]+ \+ a step"),
+    ):
+        trace(G=8, D=128)
