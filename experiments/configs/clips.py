@@ -36,7 +36,7 @@ def nsa_video() -> Experiment:
             beta2=0.99,
             weight_decay=0.05,
         ),
-        train=TrainConfig(steps=2300, log_every=20, eval_every=0, save_every=200),
+        train=TrainConfig(steps=2000, log_every=20, eval_every=0, save_every=200),
     )
 
 
