@@ -122,7 +122,7 @@ def _call(name: str, kernel: Any, grid: tuple[int, ...], specs: Any, out: Any, s
             scratch_shapes=[pltpu.VMEM(scratch, jnp.float32)],
         ),
         compiler_params=tpu.compiler_params(("parallel",) * 2, limit),
-        cost_estimate=tpu.cost(0, 0, *arrays, out),
+        cost_estimate=tpu.cost(0.0, 0.0, *arrays, out),
         interpret=tpu.interpreted(),
     )(*scalars, *arrays)
 

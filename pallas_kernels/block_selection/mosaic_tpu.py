@@ -74,7 +74,7 @@ def group_major_selection(
     q_offset: Scalar,
     lengths: Int[ArrayLike, "B"] | None,
 ) -> Int32[jax.Array, "B T N n"]:
-    """`block_selection` of T = `queries` that lie as the kernel takes them, zeros past the lengths, T padded to 128s."""
+    """`block_selection` of T = `queries` as the kernel takes them, T padded to 128s, zeros past the lengths."""
     batch, heads, group, _, size = q.shape
     t = query_indices(queries, q_offset)
     current = jnp.broadcast_to(t // block_size, (batch, queries))

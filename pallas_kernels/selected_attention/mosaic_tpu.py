@@ -129,7 +129,7 @@ def _attend_forward(
 
 def _attend_backward(block_size: int, saved: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
     q, k, v, lists, q_offset, past, o, lse_tiles = saved
-    hidden = tpu.pad_axis(past, 1, q.shape[3], True)[:, None, None]
+    hidden = tpu.pad_axis(past, 1, q.shape[3], 1.0)[:, None, None]
     do, dlse = (jnp.where(mask, 0, x) for mask, x in zip((hidden[..., None], hidden), cotangents, strict=True))
     plan = _plan(q, k, lists, block_size, backward=True)
     delta = _to_tiles((do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1) - dlse)
@@ -151,8 +151,9 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _plan(q: jax.Array, k: jax.Array, lists: tile_lists.TileLists, block_size: int, *, backward: bool) -> Plan:
-    model_order = jax.ShapeDtypeStruct((q.shape[0], q.shape[3], *q.shape[1:3], q.shape[4]), q.dtype)
-    return make_plan(_OPERATION, model_order, k.shape[1], lists.entries.shape[-1], block_size, backward=backward)
+    # The plan reads the last two axes, G and D.
+    rows = jnp.swapaxes(q, 2, 3)
+    return make_plan(_OPERATION, rows, k.shape[1], lists.entries.shape[-1], block_size, backward=backward)
 
 
 def _over_chunks(body: Callable[[Any, Any], tuple[Any, Any]], chunks: Any) -> tuple[Any, Any]:
