@@ -114,15 +114,18 @@ def _attend_forward(
     plan = _plan(q, k, lists, block_size, backward=False)
     chunks = _chunks(plan, k), _chunks(plan, v), jnp.arange(plan.chunks)
 
-    def chunk_body(before: Any, chunk: Any) -> tuple[Any, None]:
+    def attend(before: Any, chunk: Any, out_dtype: Any) -> Any:
         k, v, i = chunk
         first_query = (q_offset - i * plan.chunk_keys)[None]
         entries, bounds = _lists_of_chunk(lists, q.shape[3], i, plan)
-        out_dtype = q.dtype if plan.chunks == 1 else jnp.float32
-        return forward_chunk(first_query, entries, bounds, q, k, v, before, plan, out_dtype), None
+        return forward_chunk(first_query, entries, bounds, q, k, v, before, plan, out_dtype)
 
-    (o, lse_tiles), _ = _over_chunks(chunk_body, chunks)
-    o, lse = o.astype(q.dtype), _from_tiles(lse_tiles, plan.group)
+    before = None
+    if plan.chunks > 1:
+        earlier = jax.tree.map(lambda x: x[:-1], chunks)
+        before, _ = _over_chunks(lambda before, chunk: (attend(before, chunk, jnp.float32), None), earlier)
+    o, lse_tiles = attend(before, jax.tree.map(lambda x: x[-1], chunks), q.dtype)
+    lse = _from_tiles(lse_tiles, plan.group)
     lse = jnp.where(lse > EMPTY_LSE, lse / tpu.LOG2_E, EMPTY_LSE)
     return (o, lse), (q, k, v, lists, q_offset, past, o, lse_tiles)
 
