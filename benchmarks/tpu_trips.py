@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks import tpu_calibration, tpu_cases
 from benchmarks.tpu_cases import SplashShape, SplashTiles
-from pallas_kernels import tile_lists, tpu, tpu_flash, tpu_flash_kernels
+from pallas_kernels import tile_lists, tpu, tpu_flash, tpu_flash_kernels, tpu_layout
 from pallas_kernels.compressed_attention import mosaic_tpu as compressed_tpu
 from pallas_kernels.prefix_attention import mosaic_tpu as prefix_tpu
 from pallas_kernels.selected_attention import mosaic_tpu as selected_tpu
@@ -92,6 +92,8 @@ def works(case: str, chip: str, kernels: dict[str, int], rho: float) -> dict[str
                     Work.__add__, (selected(part, tokens, chip, rho, chunk[part] + i) for i in range(runs))
                 )
                 chunk[part] += runs
+            elif any(part in name for part in LAYOUT_ARRAYS):
+                found[name] = layout(name, tokens)
             elif "block_selection" in name:
                 found[name] = selection(tokens)
             else:
@@ -192,6 +194,21 @@ def flash(kernel: str, tokens: int) -> Work:
         hbm_bytes=heads * moved,
         transfers=heads * i.size,
     )
+
+
+LAYOUT_ARRAYS = {"group_major": 2, "model_order": 2, "gated_sum": 4}
+"""Arrays of the queries' size that each kernel of `pallas_kernels.tpu_layout` moves."""
+
+
+def layout(kernel: str, tokens: int) -> Work:
+    """A kernel of `pallas_kernels.tpu_layout`: a step per tile, nothing but memory."""
+    name = next(part for part in LAYOUT_ARRAYS if part in kernel)
+    q = tpu_cases.spec(tokens).shapes[0]
+    moved = LAYOUT_ARRAYS[name] * math.prod(q.shape) * q.dtype.itemsize
+    if name == "gated_sum":
+        moved += tpu_layout.GATE_ROWS * tokens * q.shape[2] * 4
+    steps = -(-tokens // tpu_layout.TILE)
+    return Work(steps, rows=steps, hbm_bytes=moved, transfers=steps)
 
 
 _SELECTION_TOKENS, _SELECTION_CHUNK = 128, 256

@@ -58,7 +58,7 @@ def build(
     key = jnp.where(readable, block_indices * tile + (jnp.arange(queries) % tile)[:, None, None], _LAST)
     key = jnp.pad(key, [(0, 0), (0, tiles * tile - queries), (0, 0), (0, 0)], constant_values=_LAST)
     key = jnp.moveaxis(key.reshape(batch, tiles, tile, heads, places), 3, 1).reshape(batch, heads, tiles, tile * places)
-    key = jnp.sort(key.astype(jnp.int32), axis=-1)
+    key = jnp.sort(key.astype(jnp.int32), axis=-1, stable=False)
 
     block = key // tile
     queries_of_block = jnp.where(key == _LAST, 0, 1 << (key % tile))
@@ -70,7 +70,7 @@ def build(
         reach *= 2
     last_of_block = jnp.concatenate([block[..., 1:] != block[..., :-1], jnp.ones_like(block[..., :1], bool)], axis=-1)
     kept = last_of_block & (key != _LAST)
-    entries = jnp.sort(jnp.where(kept, block << MASK_BITS | queries_of_block, _LAST), axis=-1)
+    entries = jnp.sort(jnp.where(kept, block << MASK_BITS | queries_of_block, _LAST), axis=-1, stable=False)
     entries = entries[..., : min(tile * places, blocks)]
     return TileLists(entries=jnp.where(entries == _LAST, 0, entries), counts=kept.sum(-1, dtype=jnp.int32))
 

@@ -53,13 +53,32 @@ def interval_attention(
     if 0 in (batch, queries, keys):
         return jnp.zeros_like(q), jnp.full(q.shape[:-1], EMPTY_LSE)
     if queries >= tpu.LANES:
-        return _attention(q, k, v, end, name, _fit(tiles, queries, keys), window)
+        rows = tpu.group_major(q, _whole(queries, _fit(tiles, queries, keys).queries))
+        results = group_major_attention(rows, k, v, end, name=name, tiles=tiles, window=window)
+        o, lse = (tpu.from_group_major(x, queries) for x in results)
+        return o, lse
     # Few tokens: their heads fill the lanes instead, as if they were tokens of a group of one.
     folded = jnp.moveaxis(q, 3, 1).reshape(batch, group * queries, heads, 1, size)
-    tiles = dataclasses.replace(_fit(tiles, queries, keys), queries=_whole(group * queries, tpu.LANES))
-    results = _attention(folded, k, v, jnp.tile(end, (1, group)), name, tiles, window)
+    lanes = _whole(group * queries, tpu.LANES)
+    tiles = dataclasses.replace(_fit(tiles, queries, keys), queries=lanes)
+    results = _attention(tpu.group_major(folded, lanes), k, v, jnp.tile(end, (1, group)), name, tiles, window)
+    results = (tpu.from_group_major(x, group * queries) for x in results)
     o, lse = (jnp.moveaxis(x.reshape(batch, group, queries, heads, *x.shape[4:]), 1, 3) for x in results)
     return o, lse
+
+
+def group_major_attention(
+    q: Float[jax.Array, "B N G padded D"],
+    k: Float[jax.Array, "B S N D"],
+    v: Float[jax.Array, "B S N D"],
+    end: Int[jax.Array, "B T"],
+    *,
+    name: str,
+    tiles: Tiles,
+    window: int | None = None,
+) -> tuple[Float[jax.Array, "B N G padded D"], Float32[jax.Array, "B N G padded"]]:
+    """`interval_attention` of queries that lie as the kernels take them, T padded to whole tiles."""
+    return _attention(q, k, v, end, name, _fit(tiles, q.shape[3], k.shape[1]), window)
 
 
 def attention_in_place(
@@ -98,8 +117,9 @@ def attention_in_place(
     lanes = q.reshape(batch, queries * heads * group, 1, 1, size)
     row_end = jnp.repeat(row_end.reshape(batch, queries * heads), group, axis=1)
     tiles = _fit(tiles, lanes.shape[1], rows[0].shape[1])
-    call = dataclasses.replace(Call.of(lanes, rows[0], name, tiles, None), stride=heads)
-    o, lse = call.forward(call.rows(lanes), *(jnp.moveaxis(x, 1, 2) for x in rows), call.ends(row_end))
+    q_rows = tpu.group_major(lanes, _whole(lanes.shape[1], tiles.queries))
+    call = dataclasses.replace(Call.of(q_rows, rows[0], name, tiles, None), stride=heads)
+    o, lse = call.forward(q_rows, *(jnp.moveaxis(x, 1, 2) for x in rows), call.ends(row_end))
     o, lse = (tpu.from_group_major(x, lanes.shape[1]) for x in (o, lse))
     return o.reshape(q.shape), lse.reshape(q.shape[:-1])
 
@@ -126,8 +146,7 @@ def _attention_forward(
     q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, name: str, tiles: Tiles, window: int | None
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
     call = Call.of(q, k, name, tiles, window)
-    o, lse = call.forward(call.rows(q), call.keys(k), call.keys(v), call.ends(end))
-    o, lse = (tpu.from_group_major(x, q.shape[1]) for x in (o, lse))
+    o, lse = call.forward(q, call.keys(k), call.keys(v), call.ends(end))
     return (o, lse), (q, k, v, end, o, lse)
 
 
@@ -136,14 +155,12 @@ def _attention_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, end, o, lse = saved
     call = Call.of(q, k, name, tiles, window)
-    empty = (end <= 0)[:, :, None, None]
+    empty = (call.ends(end) <= 0)[:, :, None]
     do, dlse = jnp.where(empty[..., None], 0, cotangents[0]), jnp.where(empty, 0, cotangents[1])
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
-    dq, dk, dv = call.backward(
-        call.rows(q), call.keys(k), call.keys(v), call.ends(end), call.rows(do), call.rows(lse), call.rows(delta)
-    )
+    dq, dk, dv = call.backward(q, call.keys(k), call.keys(v), call.ends(end), do, lse, delta)
     dk, dv = (jnp.moveaxis(x[:, :, : k.shape[1]], 2, 1) for x in (dk, dv))
-    return tpu.from_group_major(dq, q.shape[1]), dk, dv, None
+    return dq, dk, dv, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -52,8 +52,8 @@ class Call:
 
     @classmethod
     def of(cls, q: jax.Array, k: jax.Array, name: str, tiles: Tiles, window: int | None) -> "Call":
-        """The call for q [B, T, N, G, D] and k [B, S, N, D]."""
-        batch, queries, heads, group, size = q.shape
+        """The call for group-major q [B, N, G, T, D] and k [B, S, N, D]."""
+        batch, heads, group, queries, size = q.shape
         query_tiles, key_tiles = -(-queries // tiles.queries), -(-k.shape[1] // tiles.keys)
         return cls(name, tiles, window, batch, heads, group, size, q.dtype, query_tiles, key_tiles)
 
@@ -85,10 +85,6 @@ class Call:
         if self.window is None:
             return self.query_tiles
         return min(self.query_tiles, (self.tiles.keys + self.window - 2) // self.tiles.queries + 2)
-
-    def rows(self, x: jax.Array) -> jax.Array:
-        """Values per query as the kernels take them, [B, N, G, T, ...]."""
-        return tpu.group_major(x, self.tokens)
 
     def keys(self, x: jax.Array) -> jax.Array:
         """Keys or values as the kernels take them, [B, N, S, D]."""

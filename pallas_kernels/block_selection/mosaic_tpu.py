@@ -41,23 +41,52 @@ def block_selection(
     """Chooses blocks; arguments and results as in `api.block_selection`."""
     q, k_blocks, lse = (jnp.asarray(x) for x in (q, k_blocks, lse))
     tpu.check_arrays(_NAME, q)
-    batch, queries, heads, group, size = q.shape
+    batch, queries, heads, _, _ = q.shape
     if 0 in (batch, queries):
         return jnp.zeros((batch, queries, heads, block_count), jnp.int32)
+    if lengths is not None:
+        q = zero_where(query_indices(queries, q_offset) >= jnp.asarray(lengths)[:, None], q)
+    padded = -(-queries // _TOKENS) * _TOKENS
+    return group_major_selection(
+        tpu.group_major(q, padded),
+        k_blocks,
+        tpu.group_major(lse, padded),
+        queries=queries,
+        block_size=block_size,
+        block_count=block_count,
+        init_blocks=init_blocks,
+        local_blocks=local_blocks,
+        q_offset=q_offset,
+        lengths=lengths,
+    )
+
+
+def group_major_selection(
+    q: Float[jax.Array, "B N G padded D"],
+    k_blocks: Float[jax.Array, "B M N D"],
+    lse: Float32[jax.Array, "B N G padded"],
+    *,
+    queries: int,
+    block_size: int,
+    block_count: int,
+    init_blocks: int,
+    local_blocks: int,
+    q_offset: Scalar,
+    lengths: Int[ArrayLike, "B"] | None,
+) -> Int32[jax.Array, "B T N n"]:
+    """`block_selection` of T = `queries` as the kernel takes them, T padded to 128s, zeros past the lengths."""
+    batch, heads, group, _, size = q.shape
     t = query_indices(queries, q_offset)
     current = jnp.broadcast_to(t // block_size, (batch, queries))
     if lengths is not None:
-        past = t >= jnp.asarray(lengths)[:, None]
-        current = jnp.where(past, -1, current)
-        q = zero_where(past, q)
+        current = jnp.where(t >= jnp.asarray(lengths)[:, None], -1, current)
 
     tiles = -(-queries // _TOKENS)
     # One block more than there are complete ones: a partial last block can be the current one.
     blocks = -(-(k_blocks.shape[1] + 1) // _CHUNK) * _CHUNK
     current = jnp.where(jnp.arange(tiles * _TOKENS) < queries, tpu.pad_axis(current, 1, tiles * _TOKENS), -1)
     last = jnp.max(current.reshape(batch * tiles, _TOKENS), axis=1)
-    arrays = tpu.group_major(q, tiles * _TOKENS), tpu.keys_head_major(k_blocks, blocks)
-    lse = tpu.group_major(lse, tiles * _TOKENS)
+    arrays = q, tpu.keys_head_major(k_blocks, blocks)
     limit = tpu.vmem_limit(
         _NAME,
         {

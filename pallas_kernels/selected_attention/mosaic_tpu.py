@@ -46,21 +46,47 @@ def selected_attention(
     Raises:
       NotImplementedError: a dtype, head size, group, block size, number of blocks or of places that is not covered.
     """
+    check(q, k, block_size)
+    q, k, v, block_indices = (jnp.asarray(x) for x in (q, k, v, block_indices))
+    if 0 in (*q.shape, k.shape[1], block_indices.shape[3]):
+        return jnp.zeros_like(q), jnp.full(q.shape[:-1], EMPTY_LSE, jnp.float32)
+    queries = q.shape[1]
+    past = query_indices(queries, q_offset) >= resolve_lengths(lengths, q.shape[0], k.shape[1])[:, None]
+    rows = tpu.group_major(zero_where(past, q), -(-queries // (TILE * TILES)) * TILE * TILES)
+    results = group_major_attention(
+        rows, k, v, block_indices, block_size=block_size, q_offset=q_offset, lengths=lengths
+    )
+    o, lse = (tpu.from_group_major(x, queries) for x in results)
+    return o, lse
+
+
+def check(q: Float[ArrayLike, "B T N G D"], k: Float[ArrayLike, "B S N D"], block_size: int) -> None:
+    """Raises NotImplementedError, with what is covered, unless the shapes are."""
     tpu.check_arrays(_OPERATION, q)
     tpu.check_block_size(_OPERATION, block_size, _BLOCK_SIZES)
-    q, k, v, block_indices = (jnp.asarray(x) for x in (q, k, v, block_indices))
     blocks = block_total(k.shape[1], block_size)
     if blocks >= 2**15:
         raise NotImplementedError(f"{_OPERATION} on TPU has {blocks} blocks of keys, supported are at most {2**15 - 1}")
-    if 0 in (*q.shape, k.shape[1], block_indices.shape[3]):
-        return jnp.zeros_like(q), jnp.full(q.shape[:-1], EMPTY_LSE, jnp.float32)
+
+
+def group_major_attention(
+    q: Float[jax.Array, "B N G padded D"],
+    k: Float[jax.Array, "B S N D"],
+    v: Float[jax.Array, "B S N D"],
+    block_indices: Int[jax.Array, "B T N n"],
+    *,
+    block_size: int,
+    q_offset: Scalar,
+    lengths: Int[ArrayLike, "B"] | None,
+) -> tuple[Float[jax.Array, "B N G padded D"], Float32[jax.Array, "B N G padded"]]:
+    """`selected_attention` of queries that lie as the kernels take them, zeros past the lengths, T padded to 128s."""
     length = resolve_lengths(lengths, q.shape[0], k.shape[1])[:, None]
-    t = query_indices(q.shape[1], q_offset)
+    t = query_indices(block_indices.shape[1], q_offset)
     past = t >= length
     k, v = (zero_where(jnp.arange(k.shape[1]) >= length, x) for x in (k, v))
     readable = (block_indices >= 0) & (block_indices * block_size <= t[:, None, None]) & ~past[..., None, None]
-    lists = tile_lists.build(block_indices, readable, tile=TILE, blocks=blocks)
-    return _attend(block_size, zero_where(past, q), k, v, lists, jnp.asarray(q_offset, jnp.int32), past)
+    lists = tile_lists.build(block_indices, readable, tile=TILE, blocks=block_total(k.shape[1], block_size))
+    return _attend(block_size, q, k, v, lists, jnp.asarray(q_offset, jnp.int32), past)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -85,57 +111,52 @@ def _attend_forward(
     q_offset: jax.Array,
     past: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    plan = make_plan(_OPERATION, q, k.shape[1], lists.entries.shape[-1], block_size, backward=False)
-    queries = _padded_queries(q.shape[1])
-    q_rows = tpu.group_major(q, queries)
+    plan = _plan(q, k, lists, block_size, backward=False)
     chunks = _chunks(plan, k), _chunks(plan, v), jnp.arange(plan.chunks)
 
-    def chunk_body(before: Any, chunk: Any) -> tuple[Any, None]:
+    def attend(before: Any, chunk: Any, out_dtype: Any) -> Any:
         k, v, i = chunk
         first_query = (q_offset - i * plan.chunk_keys)[None]
-        entries, bounds = _lists_of_chunk(lists, queries, i, plan)
-        out_dtype = q.dtype if plan.chunks == 1 else jnp.float32
-        return forward_chunk(first_query, entries, bounds, q_rows, k, v, before, plan, out_dtype), None
+        entries, bounds = _lists_of_chunk(lists, q.shape[3], i, plan)
+        return forward_chunk(first_query, entries, bounds, q, k, v, before, plan, out_dtype)
 
-    (o, lse), _ = _over_chunks(chunk_body, chunks)
-    o = tpu.from_group_major(o, q.shape[1]).astype(q.dtype)
-    lse = _from_tiles(lse, q.shape)
+    before = None
+    if plan.chunks > 1:
+        earlier = jax.tree.map(lambda x: x[:-1], chunks)
+        before, _ = _over_chunks(lambda before, chunk: (attend(before, chunk, jnp.float32), None), earlier)
+    o, lse_tiles = attend(before, jax.tree.map(lambda x: x[-1], chunks), q.dtype)
+    lse = _from_tiles(lse_tiles, plan.group)
     lse = jnp.where(lse > EMPTY_LSE, lse / tpu.LOG2_E, EMPTY_LSE)
-    return (o, lse), (q, k, v, lists, q_offset, past, o, lse)
+    return (o, lse), (q, k, v, lists, q_offset, past, o, lse_tiles)
 
 
 def _attend_backward(block_size: int, saved: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
-    q, k, v, lists, q_offset, past, o, lse = saved
-    do, dlse = (zero_where(past, x) for x in cotangents)
-    plan = make_plan(_OPERATION, q, k.shape[1], lists.entries.shape[-1], block_size, backward=True)
-    queries = _padded_queries(q.shape[1])
-    delta = (do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1) - dlse
-    rows = (
-        tpu.group_major(q, queries),
-        tpu.group_major(do, queries),
-        _to_tiles(jnp.where(lse > EMPTY_LSE, lse * tpu.LOG2_E, EMPTY_LSE), queries),
-        _to_tiles(delta, queries),
-    )
+    q, k, v, lists, q_offset, past, o, lse_tiles = saved
+    hidden = tpu.pad_axis(past, 1, q.shape[3], 1.0)[:, None, None]
+    do, dlse = (jnp.where(mask, 0, x) for mask, x in zip((hidden[..., None], hidden), cotangents, strict=True))
+    plan = _plan(q, k, lists, block_size, backward=True)
+    delta = _to_tiles((do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1) - dlse)
     chunks = _chunks(plan, k), _chunks(plan, v), jnp.arange(plan.chunks)
 
     def chunk_body(dq: Any, chunk: Any) -> tuple[Any, Any]:
         k, v, i = chunk
         first_query = (q_offset - i * plan.chunk_keys)[None]
-        entries, bounds = _lists_of_chunk(lists, queries, i, plan)
-        q_rows, do_rows, lse, delta = rows
-        dq, dk, dv = backward_chunk(first_query, entries, bounds, q_rows, k, v, do_rows, lse, delta, dq, plan)
+        entries, bounds = _lists_of_chunk(lists, q.shape[3], i, plan)
+        dq, dk, dv = backward_chunk(first_query, entries, bounds, q, k, v, do, lse_tiles, delta, dq, plan)
         return dq, ((dk * plan.scale).astype(q.dtype), dv.astype(q.dtype))
 
     dq, gradients = _over_chunks(chunk_body, chunks)
     dk, dv = (_from_chunks(x, k.shape[1]) for x in gradients)
-    return tpu.from_group_major(dq, q.shape[1]).astype(q.dtype), dk, dv, None, None, None
+    return dq.astype(q.dtype), dk, dv, None, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _padded_queries(queries: int) -> int:
-    return -(-queries // (TILE * TILES)) * TILE * TILES
+def _plan(q: jax.Array, k: jax.Array, lists: tile_lists.TileLists, block_size: int, *, backward: bool) -> Plan:
+    # The plan reads the last two axes, G and D.
+    rows = jnp.swapaxes(q, 2, 3)
+    return make_plan(_OPERATION, rows, k.shape[1], lists.entries.shape[-1], block_size, backward=backward)
 
 
 def _over_chunks(body: Callable[[Any, Any], tuple[Any, Any]], chunks: Any) -> tuple[Any, Any]:
@@ -189,13 +210,11 @@ def _lists_of_chunk(
     )
 
 
-def _to_tiles(x: Float32[jax.Array, "B T N G"], queries: int) -> Float32[jax.Array, "B N tiles 128"]:
-    x = tpu.group_major(x, queries)
+def _to_tiles(x: Float32[jax.Array, "B N G T"]) -> Float32[jax.Array, "B N tiles 128"]:
     x = jnp.moveaxis(x.reshape(*x.shape[:3], -1, TILE), 2, 3)
     return tpu.pad_axis(x.reshape(*x.shape[:3], -1), 3, tpu.LANES)
 
 
-def _from_tiles(x: Float32[jax.Array, "B N tiles 128"], shape: tuple[int, ...]) -> Float32[jax.Array, "B T N G"]:
-    _, queries, _, group, _ = shape
+def _from_tiles(x: Float32[jax.Array, "B N tiles 128"], group: int) -> Float32[jax.Array, "B N G T"]:
     x = x[..., : group * TILE].reshape(*x.shape[:3], group, TILE)
-    return tpu.from_group_major(jnp.moveaxis(x, 3, 2).reshape(*x.shape[:2], group, -1), queries)
+    return jnp.moveaxis(x, 3, 2).reshape(*x.shape[:2], group, -1)

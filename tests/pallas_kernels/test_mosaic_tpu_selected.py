@@ -5,6 +5,7 @@ Values to 1e-5 and gradients to 1e-4 of the largest entry: some hundred rounding
 
 import contextlib
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from cases import Case, assert_close
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import nsa_attention, selected_attention, tile_lists, tpu
+from pallas_kernels import nsa_attention, nsa_tpu, selected_attention, tile_lists, tpu
 from pallas_kernels.selected_attention import mosaic_tpu_steps
 
 CHECK = Path(__file__).with_name("sharded_tpu_check.py")
@@ -193,6 +194,29 @@ def test_the_whole_attention():
         return o, *gradients
 
     for name, x, y in zip(("o", "dq", "dk", "dv", "dgates"), run("mosaic_tpu"), run("reference"), strict=True):
+        assert_close(x, y, 1e-4, name)
+
+
+@pytest.mark.parametrize("branches", [("compressed", "selected", "window"), ("selected",)], ids=["all", "selected"])
+def test_the_whole_attention_on_one_copy_of_the_queries(branches):
+    """Two tiles of the layout and a part of a third, keys before the first query, rows past their lengths."""
+    case = Case(B=2, T=260, S=270, N=2, G=2, D=64, s=32, n=2, w=20, lengths=(270, 200), q_offset=10)
+    q, (k, v) = case.queries(), case.keys()
+    gates, do = case.draw(2, 260, 2, 2, 3), case.poison(case.draw(*q.shape)[::-1].copy(), 10)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(name, q_offset):
+        def attention(*arrays):
+            options = {"block_size": 32, "block_count": 2, "window_size": 20, "lengths": case.array_lengths}
+            return nsa_attention(*arrays, implementation=name, branches=branches, q_offset=q_offset, **options)
+
+        o, pull = jax.vjp(attention, q, k, v, gates)
+        return o, *pull(jnp.asarray(do))
+
+    with mock.patch.object(nsa_tpu, "attention", wraps=nsa_tpu.attention) as composed:
+        actual = run("mosaic_tpu", 10)
+    composed.assert_called_once()
+    for name, x, y in zip(("o", "dq", "dk", "dv", "dgates"), actual, run("reference", 10), strict=True):
         assert_close(x, y, 1e-4, name)
 
 
