@@ -285,8 +285,8 @@ def selected(part: str, tokens: int, chip: str, rho: float, chunk: int) -> Work:
     spec, backward = tpu_cases.spec(tokens), part == "backward"
     plan, steps = chunk_steps(tokens, chip, rho, chunk, backward)
     heads, grid = spec.kv_heads, len(steps)
-    # Three stages side by side: two runs of the body more than list steps.
-    walk = heads * int((steps + 2).sum())
+    # Three stages side by side: two more steps than the lists have; the forward's body takes two of them.
+    walk = heads * int((steps + 2 if backward else (steps + 3) // 2).sum())
     loops = (heads * plan.chunk_blocks, heads * grid * TILES, walk) if backward else (walk,)
     carried = plan.chunks > 1
     row_bytes = math.prod(spec.shapes[0].shape) * ((8 + 4 * carried) if backward else (4 + 6 * carried))
@@ -295,7 +295,8 @@ def selected(part: str, tokens: int, chip: str, rho: float, chunk: int) -> Work:
     return Work(
         steps=heads * grid,
         loops=loops,
-        rows=heads * grid * TILES,
+        # Of the forward's two branches that end a tile each takes half of the tiles.
+        rows=heads * grid * TILES // (1 if backward else 2),
         hbm_bytes=row_bytes + key_bytes + list_bytes,
         transfers=heads * grid,
     )
