@@ -18,6 +18,7 @@ from pallas_kernels import tile_lists, tpu, tpu_flash, tpu_flash_kernels, tpu_la
 from pallas_kernels.compressed_attention import mosaic_tpu as compressed_tpu
 from pallas_kernels.prefix_attention import mosaic_tpu as prefix_tpu
 from pallas_kernels.selected_attention import mosaic_tpu as selected_tpu
+from pallas_kernels.selected_attention.mosaic_tpu_forward import body_steps
 from pallas_kernels.selected_attention.mosaic_tpu_steps import TILE, TILES, Plan, make_plan
 from pallas_kernels.window_attention import mosaic_tpu as window_tpu
 
@@ -302,8 +303,10 @@ def selected(part: str, tokens: int, chip: str, rho: float, chunk: int) -> Work:
     spec, backward = tpu_cases.spec(tokens), part == "backward"
     plan, steps = chunk_steps(tokens, chip, rho, chunk, backward)
     heads, grid = spec.kv_heads, len(steps)
-    # Three stages side by side: two runs of the body more than list steps.
-    walk = heads * int((steps + 2).sum())
+    with tpu.compiling_for(chip):
+        body = 1 if backward else body_steps()
+    # Three stages side by side: two more steps than the lists have.
+    walk = heads * int(((steps + 1 + body) // body).sum())
     loops = (heads * plan.chunk_blocks, heads * grid * TILES, walk) if backward else (walk,)
     carried = plan.chunks > 1
     row_bytes = math.prod(spec.shapes[0].shape) * ((8 + 4 * carried) if backward else (4 + 6 * carried))
@@ -312,7 +315,8 @@ def selected(part: str, tokens: int, chip: str, rho: float, chunk: int) -> Work:
     return Work(
         steps=heads * grid,
         loops=loops,
-        rows=heads * grid * TILES,
+        # A body has a branch per step that ends a tile; together they take all tiles.
+        rows=heads * grid * TILES // body,
         hbm_bytes=row_bytes + key_bytes + list_bytes,
         transfers=heads * grid,
     )

@@ -129,13 +129,13 @@ def _kernel(
     products[...] = jnp.full_like(products, steps.HIDDEN)
     factors[...] = jnp.zeros_like(factors)
 
-    def finish(place: Place) -> None:
+    def finish(_: int, place: Place) -> None:
         result = dq_state[...] * plan.scale
         if adds:
             result += steps.rows_of(dq_before, place.queries)
         dq[0, 0, :, place.queries, :] = result.reshape(plan.group, TILE, plan.head_dim)
 
-    def step(summed: Place, weighed: Place, multiplied: Place) -> None:
+    def step(_: int, summed: Place, weighed: Place, multiplied: Place) -> None:
         step_entries = steps.read_step(entries, summed, plan)
         q_tile, do_tile = (steps.rows_of(ref, summed.queries) for ref in (q, do))
         kept = jnp.where(summed.is_first(bounds), 0.0, 1.0)
@@ -156,14 +156,11 @@ def _kernel(
         next_entries = steps.read_step(entries, multiplied, plan)
         bias = steps.hidden_bias(next_entries, first_query + multiplied.tile * TILE, plan)
         k_step, v_step = steps.fetch(k, next_entries), steps.fetch(v, next_entries)
-        products[0] = steps.step_logits(steps.rows_of(q, multiplied.queries), k_step, bias, plan)
+        q_tile = steps.scaled(steps.rows_of(q, multiplied.queries), plan)
+        products[0] = steps.step_logits(q_tile, k_step, bias, plan)
         products[1] = dot(steps.rows_of(do, multiplied.queries), v_step, (((1,), (1,)), ((), ())))
 
-        @pl.when(summed.is_last(bounds))
-        def _() -> None:
-            finish(summed)
-
-    steps.run_stages(step, bounds)
+    steps.run_stages(step, finish, bounds)
 
     @pl.when(i == last)
     def _() -> None:

@@ -5,6 +5,7 @@ loop over the steps of all eight tiles, in which neighbouring steps overlap.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -164,20 +165,35 @@ class Place(NamedTuple):
         return pl.ds(pl.multiple_of(self.held_tile * TILE, TILE), TILE)
 
 
-def run_stages(step: Any, bounds: Ref) -> None:
-    """Runs `step(third, second, first)` over all steps of the grid step, a stage per place.
+def run_stages(step: Any, finish: Any, bounds: Ref, *, slots: int = 1) -> None:
+    """Runs `step(slot, third, second, first)` over all steps of the grid step, a stage per place.
 
-    The three places follow each other; a place before the first step is neither a tile's first nor its last.
+    The three places follow each other; a place before the first step is neither a tile's first nor its last, nor is
+    one past the last tile.
+
+    Args:
+      step: three stages; `slot` counts 0 to slots - 1 over and over.
+      finish: `finish(slot, third)` follows where the third place is its tile's last, after all steps of the loop's
+        body: a branch between two steps would part the schedule.
+      bounds: of the tiles' steps.
+      slots: steps in the loop's body; the last body may run past the last step.
     """
     nowhere = Place(jnp.int32(0), jnp.int32(-1))
 
     def body(_: Any, places: tuple[Place, Place, Place]) -> tuple[Place, Place, Place]:
-        step(*places)
-        _, second, first = places
-        return second, first, first.next(bounds)
+        ended = []
+        for slot in range(slots):
+            step(slot, *places)
+            third, second, first = places
+            ended.append(third)
+            places = second, first, first.next(bounds)
+        for slot, place in enumerate(ended):
+            pl.when(place.is_last(bounds))(functools.partial(finish, slot, place))
+        return places
 
     start = nowhere, nowhere, Place(jnp.int32(0), bounds[0, 0, 0, 0, 0])
-    jax.lax.fori_loop(-2, bounds[0, 0, 0, 0, BOUNDS - 1], body, start)
+    count = bounds[0, 0, 0, 0, BOUNDS - 1] + 2
+    jax.lax.fori_loop(0, jax.lax.div(count + slots - 1, slots), body, start)
 
 
 def read_step(entries: Ref, place: Place, plan: Plan) -> list[Index]:
@@ -212,29 +228,38 @@ def hidden_bias(step_entries: Sequence[Index], first_query: Index, plan: Plan) -
     """
     s, half = plan.block_size, tpu.SUBLANES
     lane, query = (jax.lax.broadcasted_iota(jnp.int32, (half, tpu.LANES), axis) for axis in (1, 0))
+    in_tile = query, query + half
+    # An entry below `past` names a block whose key in the lane's place is no later than the query.
+    # Blocks are below 2**15.
+    blocks = [
+        jax.lax.shift_right_arithmetic(first_query + t - (lane & (s - 1)), s.bit_length() - 1) + 1 for t in in_tile
+    ]
+    past = [jax.lax.shift_left(jnp.clip(x, 0, 2**15 - 1), tile_lists.MASK_BITS) for x in blocks]
     per_vector = tpu.LANES // s
     pieces = []
     for j in range(0, plan.step_blocks, per_vector):
         entry = jnp.full((half, tpu.LANES), step_entries[j + per_vector - 1], jnp.int32)
         for i in reversed(range(per_vector - 1)):
             entry = jnp.where(lane < (i + 1) * s, step_entries[j + i], entry)
-        key = block_of(entry) * s + (lane & (s - 1))
         halves = []
-        for query_in_tile in (query, query + half):
-            chosen = (jax.lax.shift_right_logical(entry, query_in_tile) & 1) != 0
-            halves.append(jnp.where(chosen & (key <= first_query + query_in_tile), 0.0, HIDDEN))
+        for t, limit in zip(in_tile, past, strict=True):
+            chosen = jax.lax.shift_left(entry, 31 - t) < 0
+            halves.append(jnp.where(chosen & (entry < limit), 0.0, HIDDEN))
         pieces.append(jnp.concatenate(halves, axis=0))
     return jnp.concatenate(pieces, axis=1)
+
+
+def scaled(q: Float[Array, "*shape D"], plan: Plan) -> Float[Array, "*shape D"]:
+    """Queries whose products with keys are logits to the base of 2: a rounding each instead of a product per logit."""
+    return (q.astype(jnp.float32) * (plan.scale * tpu.LOG2_E)).astype(q.dtype)
 
 
 def step_logits(
     q: Float[Array, "rows D"], k: Float[Array, "keys D"], bias: Float32[Array, "16 keys"], plan: Plan
 ) -> Float32[Array, "rows keys"]:
-    """Logits to the base of 2, all heads of a query under one bias."""
-    # One rounding per query instead of one product per logit.
-    scaled = (q.astype(jnp.float32) * (plan.scale * tpu.LOG2_E)).astype(q.dtype)
+    """Logits of scaled queries, all heads of a query under one bias."""
     logits = jax.lax.dot_general(
-        scaled, k, (((1,), (1,)), ((), ())), precision=plan.precision, preferred_element_type=jnp.float32
+        q, k, (((1,), (1,)), ((), ())), precision=plan.precision, preferred_element_type=jnp.float32
     )
     return (logits.reshape(plan.group, TILE, plan.step_keys) + bias).reshape(plan.rows, plan.step_keys)
 
@@ -244,12 +269,10 @@ def lanes_to_columns(row: Float32[Array, "1 128"], rows: int) -> Float32[Array, 
     return jnp.broadcast_to(row, (tpu.LANES, tpu.LANES)).T[:rows]
 
 
-def columns_to_lanes(column: Float32[Array, "rows 1"]) -> Float32[Array, "1 128"]:
+def columns_to_lanes(columns: Float32[Array, "rows 128"]) -> Float32[Array, "1 128"]:
     """Inverse of `lanes_to_columns`, filled up with zeros."""
-    missing = tpu.LANES - column.shape[0]
-    if missing:
-        column = jnp.concatenate([column, jnp.zeros((missing, 1), column.dtype)])
-    return jnp.broadcast_to(column, (tpu.LANES, tpu.LANES)).T[:1]
+    row, lane = (jax.lax.broadcasted_iota(jnp.int32, columns.shape, axis) for axis in (0, 1))
+    return jnp.sum(jnp.where(row == lane, columns, 0.0), axis=0, keepdims=True)
 
 
 def over_keys(x: Float32[Array, "rows 128"], plan: Plan) -> Float32[Array, "rows keys"]:
