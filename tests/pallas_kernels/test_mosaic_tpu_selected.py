@@ -21,7 +21,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import nsa_attention, nsa_tpu, selected_attention, tile_lists, tpu
-from pallas_kernels.selected_attention import mosaic_tpu_steps
+from pallas_kernels.selected_attention import mosaic_tpu_forward, mosaic_tpu_steps
 
 CHECK = Path(__file__).with_name("sharded_tpu_check.py")
 
@@ -114,6 +114,12 @@ def test_keys_in_several_chunks():
         chunks = [mosaic_tpu_steps.make_plan("test", q, 400, 13, 32, backward=x).chunks for x in (False, True)]
         assert chunks == [2, 4]
         check(case, chosen(case, sinks=True))
+
+
+def test_four_steps_a_body(monkeypatch):
+    """The loop of v6e, which the interpreter does not aim at by itself."""
+    monkeypatch.setattr(mosaic_tpu_forward, "body_steps", lambda: 4)
+    check(CASES["ragged"], chosen(CASES["ragged"], sinks=True))
 
 
 def test_bfloat16_keeps_float32_sums():
