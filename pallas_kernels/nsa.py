@@ -109,7 +109,10 @@ def nsa_attention(
     gates = jax.nn.sigmoid(zero_where(past, gate_logits).astype(jnp.float32) / gate_temperature)
     shared = {"q_offset": q_offset, "lengths": lengths, "implementation": implementation}
     choice = {"block_count": block_count, "init_blocks": init_blocks, "local_blocks": local_blocks}
-    k_blocks, v_blocks = block_means(k, block_size), block_means(v, block_size)
+    choose = "selected" in branches and block_indices is None
+    k_blocks = v_blocks = None
+    if choose or "compressed" in branches:
+        k_blocks, v_blocks = block_means(k, block_size), block_means(v, block_size)
 
     on_tpu = all(registry.first_choice(operation, implementation) == "mosaic_tpu" for operation in _OPERATIONS)
     if on_tpu and nsa_tpu.covers(q, k, block_size, branches):
@@ -132,8 +135,7 @@ def nsa_attention(
             )
 
     outputs = {}
-    choose = "selected" in branches and block_indices is None
-    if choose or "compressed" in branches:
+    if k_blocks is not None:
         outputs["compressed"], lse = compressed_attention(q, k_blocks, v_blocks, block_size=block_size, **shared)
     if choose:
         block_indices = block_selection(q, k_blocks, lse, block_size=block_size, **choice, **shared)

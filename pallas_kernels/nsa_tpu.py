@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import tpu, tpu_layout
 from pallas_kernels.block_selection import mosaic_tpu as block_selection
-from pallas_kernels.common import Scalar, resolve_lengths
+from pallas_kernels.common import Scalar
 from pallas_kernels.compressed_attention import mosaic_tpu as compressed_attention
 from pallas_kernels.selected_attention import mosaic_tpu as selected_attention
 from pallas_kernels.window_attention import mosaic_tpu as window_attention
@@ -28,8 +28,8 @@ def attention(
     q: Float[Array, "B T N G D"],
     k: Float[Array, "B S N D"],
     v: Float[Array, "B S N D"],
-    k_blocks: Float[Array, "B M N D"],
-    v_blocks: Float[Array, "B M N D"],
+    k_blocks: Float[Array, "B M N D"] | None,
+    v_blocks: Float[Array, "B M N D"] | None,
     gates: Float32[Array, "B T N G 3"],
     *,
     block_size: int,
@@ -46,7 +46,7 @@ def attention(
       q: see there, and `covers`.
       k: see there.
       v: see there.
-      k_blocks: means of the complete blocks.
+      k_blocks: means of the complete blocks; None where neither the compressed branch nor the choice reads them.
       v_blocks: likewise.
       gates: in the order (compressed, selected, window).
       block_size: see there.
@@ -62,13 +62,13 @@ def attention(
     """
     selected_attention.check(q, k, block_size)
     queries = q.shape[1]
-    valid = jnp.clip(resolve_lengths(lengths, q.shape[0], k.shape[1]) - jnp.asarray(q_offset, jnp.int32), 0, queries)
+    valid = jnp.clip(lengths - jnp.asarray(q_offset, jnp.int32), 0, queries)
     rows = tpu_layout.group_major(queries, q, valid)
     shared = {"q_offset": q_offset, "lengths": lengths}
 
     outputs = {}
     choose = "selected" in branches and block_indices is None
-    if choose or "compressed" in branches:
+    if k_blocks is not None:
         outputs["compressed"], lse = compressed_attention.group_major_attention(
             rows, k_blocks, v_blocks, queries=queries, block_size=block_size, **shared
         )

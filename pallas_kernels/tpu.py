@@ -221,23 +221,6 @@ def from_group_major(x: Shaped[Array, "B N G padded *rest"], queries: int) -> Sh
     return jnp.moveaxis(x[:, :, :, :queries], 3, 1)
 
 
-def token_major(x: Shaped[Array, "B T N G *rest"], tokens: int) -> Shaped[Array, "B N padded 8 *rest"]:
-    """Queries, or values per query, with a token's heads innermost, G padded to the 8 sublanes.
-
-    Args:
-      x: one entry per query head.
-      tokens: T after padding with zeros.
-    """
-    return pad_axis(pad_axis(jnp.moveaxis(x, 1, 2), 2, tokens), 3, SUBLANES)
-
-
-def from_token_major(
-    x: Shaped[Array, "B N padded 8 *rest"], queries: int, group: int
-) -> Shaped[Array, "B T N G *rest"]:
-    """Inverse of `token_major`: the first `queries` tokens and `group` heads, back in their order."""
-    return jnp.moveaxis(x[:, :, :queries, :group], 2, 1)
-
-
 def keys_head_major(x: Shaped[Array, "B S N D"], keys: int) -> Shaped[Array, "B N padded D"]:
     """Keys or values with one head's rows together, padded with zeros to `keys` rows."""
     return pad_axis(jnp.moveaxis(x, 1, 2), 2, keys)
