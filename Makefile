@@ -9,7 +9,7 @@ WANTED := $(shell cat .python-version)
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test test-slow test-gpu parity lint format clean
+.PHONY: help env train test test-slow test-gpu test-tpu-aot parity lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,13 +30,22 @@ train: env ## train CONFIG (default nsa_video) on the embedded clips; ARGS="--se
 	$(PYTHON) -m experiments.train --config=$(CONFIG) $(ARGS)
 
 test: env ## the CPU test suite
-	$(PYTHON) -m pytest -n $(WORKERS) -m "not slow and not gpu" $(ARGS)
+	$(PYTHON) -m pytest -n $(WORKERS) -m "not slow and not gpu and not tpu_aot" $(ARGS)
 
 test-slow: env ## minutes-long cases
 	$(PYTHON) -m pytest -m slow $(ARGS)
 
 test-gpu: env ## cases that need an NVIDIA GPU
 	JAX_PLATFORMS=cuda $(PYTHON) -m pytest -m gpu $(ARGS)
+
+.venv-tpu/.complete: requirements-tpu.txt requirements.txt .python-version
+	rm -rf $(@D)
+	python$(WANTED) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-tpu.txt
+	@touch $@
+
+test-tpu-aot: .venv-tpu/.complete ## every TPU kernel compiled for v5e, v5p and v6e; needs no TPU
+	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -n $(WORKERS) -m tpu_aot tests/tpu $(ARGS)
 
 # transformers needs torch, whose CPU build for the library's Python may be missing: environments of their own.
 .venv-parity-%/.complete: tests/parity/requirements-%.txt
@@ -58,4 +67,4 @@ format: env ## ruff, in place
 	$(VENV)/bin/ruff format .
 
 clean: ## remove the environment and caches (runs/ and datasets/ stay)
-	rm -rf $(VENV) .venv-parity-* .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-tpu .venv-parity-* .pytest_cache .ruff_cache .hypothesis

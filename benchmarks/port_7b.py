@@ -149,8 +149,8 @@ def decode(model: VideoNSA, visual: Array, piece: Piece, options: AttentionOptio
     return token
 
 
-def run_ours(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Our half of the measurement."""
+def run_ours(folder: Path, settings: dict[str, Any], save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Our half of the measurement; `save` is given the result after each part."""
     with HostMemory() as host, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the gates are new
         start = time.perf_counter()
@@ -164,41 +164,50 @@ def run_ours(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         "load": load,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(model)),
         "vision": {},
-        "prefill": {},
-        "generate": {},
+        "prefill": {"dense": {}, "nsa": {}},
+        "generate": {"dense": {}, "nsa": {}},
     }
     samples, new = settings["samples"], settings["new_tokens"]
-    for kind in ("dense", "nsa"):
-        options = AttentionOptions(kind)
-        result["prefill"][kind], result["generate"][kind] = {}, {}
-        for tokens in settings["visual_tokens"]:
-            patches, piece = read_inputs(folder, f"visual_{tokens}")
-            patches = jax.device_put(patches)
 
-            def whole(patches: Array = patches, piece: Piece = piece, options: AttentionOptions = options) -> Array:
-                hidden, _ = prefill(model, encode(model.visual, patches), piece, options, 0)
-                return last_logits(model, hidden)
+    def time_prefill(kind: str, tokens: int) -> None:
+        patches, piece = read_inputs(folder, f"visual_{tokens}")
+        patches = jax.device_put(patches)
 
-            if kind == "dense":
-                result["vision"][str(tokens)] = timed(partial(encode, model.visual, patches), samples)
-            result["prefill"][kind][str(tokens)] = timed(whole, samples)
+        def whole() -> Array:
+            hidden, _ = prefill(model, encode(model.visual, patches), piece, AttentionOptions(kind), 0)
+            return last_logits(model, hidden)
+
+        if kind == "dense":
+            result["vision"][str(tokens)] = timed(partial(encode, model.visual, patches), samples)
+        result["prefill"][kind][str(tokens)] = timed(whole, samples)
+
+    def time_generate(kind: str, count: int) -> None:
         patches, piece = read_inputs(folder, f"visual_{settings['visual_tokens'][0]}")
 
-        def generate(count: int, patches: Array = patches, piece: Piece = piece, options: AttentionOptions = options):
-            return decode(model, encode(model.visual, patches), piece, options, count)
+        def generate() -> Array:
+            return decode(model, encode(model.visual, patches), piece, AttentionOptions(kind), count)
 
-        for count in (1, new + 1):
-            result["generate"][kind][str(count)] = timed(partial(generate, count), samples)
-        result[f"device_peak_bytes_after_{kind}"] = device_peak()
-    with np.load(folder / "torch.npz") as file:
-        theirs = dict(file)
-    patches, piece = read_inputs(folder, "compared", theirs.pop("position_ids"))
-    hidden, _ = prefill(model, encode(model.visual, patches), piece, AttentionOptions("dense"), 0)
-    ours = np.asarray(model.logits(hidden)[0, 0])
-    pairs = {f"ours bfloat16 from transformers {name}": (ours, logits) for name, logits in theirs.items()}
-    if "float32" in theirs:
-        pairs["transformers bfloat16 from transformers float32"] = (theirs["bfloat16"], theirs["float32"])
-    result["logits"] = {name: difference(*pair) for name, pair in pairs.items()}
+        result["generate"][kind][str(count)] = timed(generate, samples)
+
+    def compare_logits() -> None:
+        with np.load(folder / "torch.npz") as file:
+            theirs = dict(file)
+        patches, piece = read_inputs(folder, "compared", theirs.pop("position_ids"))
+        hidden, _ = prefill(model, encode(model.visual, patches), piece, AttentionOptions("dense"), 0)
+        ours = np.asarray(model.logits(hidden)[0, 0])
+        pairs = {f"ours bfloat16 from transformers {name}": (ours, logits) for name, logits in theirs.items()}
+        if "float32" in theirs:
+            pairs["transformers bfloat16 from transformers float32"] = (theirs["bfloat16"], theirs["float32"])
+        result["logits"] = {name: difference(*pair) for name, pair in pairs.items()}
+
+    parts = [compare_logits]
+    for kind in ("dense", "nsa"):
+        parts += [partial(time_prefill, kind, tokens) for tokens in settings["visual_tokens"]]
+        parts += [partial(time_generate, kind, count) for count in (1, new + 1)]
+    for part in parts:
+        part()
+        result["device_peak_bytes"] = device_peak()
+        save(result)
     return result
 
 
@@ -262,18 +271,21 @@ def main() -> None:
             start = time.perf_counter()
             subprocess.run([*torch_half, part, str(folder)], check=True)
             seconds[part] = time.perf_counter() - start
-        start = time.perf_counter()
-        ours = run_ours(folder, settings)
-        seconds["ours"] = time.perf_counter() - start
         result = {
             "command": "python -m benchmarks.port_7b" + " --tiny" * options.tiny,
             "settings": settings,
             "seconds": seconds,
             "transformers": json.loads((folder / "torch.json").read_text()),
-            "ours": ours,
         }
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+
+        def save(ours: dict[str, Any]) -> None:
+            options.out.write_text(json.dumps(result | {"ours": ours}, indent=2) + "\n")
+
+        start = time.perf_counter()
+        result["ours"] = run_ours(folder, settings, save)
+        seconds["ours"] = time.perf_counter() - start
     result["summary"] = summary(result)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result["summary"] | result["ours"]["logits"], indent=2))
 

@@ -173,6 +173,10 @@ def _attend_prefix_backward(residuals: Any, cotangents: Any) -> tuple[Any, ...]:
 _attend_prefix.defvjp(_attend_prefix_forward, _attend_prefix_backward)
 
 
+def _chunks(queries: int, elements_per_query: int) -> int:
+    return max(-(-queries // max(TILE_ELEMENTS // max(elements_per_query, 1), 1)), 1)
+
+
 def over_query_chunks(body: Callable[[Any], Any], per_query: Any, elements_per_query: int) -> Any:
     """Applies `body` to chunks of the arrays in `per_query`, along their axis 1.
 
@@ -188,10 +192,9 @@ def over_query_chunks(body: Callable[[Any], Any], per_query: Any, elements_per_q
       The tree of arrays [B, T, ...] that `body(per_query)` is.
     """
     queries = jax.tree.leaves(per_query)[0].shape[1]
-    fitting = max(TILE_ELEMENTS // max(elements_per_query, 1), 1)
-    if queries <= fitting:
+    chunks = _chunks(queries, elements_per_query)
+    if chunks == 1:
         return body(per_query)
-    chunks = -(-queries // fitting)
     size = -(-queries // chunks)
 
     def split(x: jax.Array) -> jax.Array:
@@ -228,8 +231,12 @@ def dense_attention(
     Returns:
       Output in q's dtype and natural log-sum-exp in float32.
     """
-    # float32 carriers: the sum over chunks of the keys' gradients is kept in their dtype.
-    keys, values = (jnp.swapaxes(x, 1, 2).astype(jnp.float32) for x in (k, v))
+    batch, queries, heads, group, _ = q.shape
+    elements = batch * heads * group * k.shape[1]
+    # float32 carriers: the sum over chunks of the keys' gradients is kept in their dtype. One chunk (a decode step)
+    # has no sum, and a copy of the cache would be its largest cost.
+    carrier = k.dtype if _chunks(queries, elements) == 1 else jnp.float32
+    keys, values = (jnp.swapaxes(x, 1, 2).astype(carrier) for x in (k, v))
     key = jnp.arange(k.shape[1])
 
     def body(chunk: Any) -> Any:
@@ -241,5 +248,4 @@ def dense_attention(
         o, lse = attend(*arrays) if end_chunk.shape == end.shape else _attend_prefix(*arrays, jnp.max(end_chunk))
         return jnp.swapaxes(o, 1, 2), jnp.swapaxes(lse, 1, 2)
 
-    batch, _, heads, group, _ = q.shape
-    return over_query_chunks(body, (q, end, per_query), batch * heads * group * k.shape[1])
+    return over_query_chunks(body, (q, end, per_query), elements)

@@ -1,5 +1,6 @@
 """Native Sparse Attention over the visual stream: three branches and their gates."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float, Int
 
-from pallas_kernels import registry, validation
+from pallas_kernels import nsa_tpu, registry, validation
 from pallas_kernels.block_selection.api import block_selection
 from pallas_kernels.common import ArrayLike, Scalar, query_indices, resolve_lengths, zero_where
 from pallas_kernels.compressed_attention.api import compressed_attention
@@ -17,6 +18,8 @@ from pallas_kernels.window_attention.api import window_attention
 
 Branch = Literal["compressed", "selected", "window"]
 BRANCHES: tuple[Branch, ...] = ("compressed", "selected", "window")
+
+_OPERATIONS = ("compressed_attention", "block_selection", "selected_attention", "window_attention")
 
 
 def block_means(x: Float[ArrayLike, "B S N D"], block_size: int) -> Float[jax.Array, "B M N D"]:
@@ -105,23 +108,37 @@ def nsa_attention(
     past = query_indices(q.shape[1], q_offset) >= lengths[:, None]
     gates = jax.nn.sigmoid(zero_where(past, gate_logits).astype(jnp.float32) / gate_temperature)
     shared = {"q_offset": q_offset, "lengths": lengths, "implementation": implementation}
-
-    outputs = {}
+    choice = {"block_count": block_count, "init_blocks": init_blocks, "local_blocks": local_blocks}
     choose = "selected" in branches and block_indices is None
+    k_blocks = v_blocks = None
     if choose or "compressed" in branches:
         k_blocks, v_blocks = block_means(k, block_size), block_means(v, block_size)
+
+    on_tpu = all(registry.first_choice(operation, implementation) == "mosaic_tpu" for operation in _OPERATIONS)
+    if on_tpu and nsa_tpu.covers(q, k, block_size, branches):
+        # What it does not cover is left to the operations, which say so or fall back.
+        with contextlib.suppress(NotImplementedError):
+            return nsa_tpu.attention(
+                q,
+                k,
+                v,
+                k_blocks,
+                v_blocks,
+                gates,
+                block_size=block_size,
+                window_size=window_size,
+                q_offset=q_offset,
+                lengths=lengths,
+                branches=branches,
+                block_indices=block_indices,
+                choice=choice,
+            )
+
+    outputs = {}
+    if k_blocks is not None:
         outputs["compressed"], lse = compressed_attention(q, k_blocks, v_blocks, block_size=block_size, **shared)
     if choose:
-        block_indices = block_selection(
-            q,
-            k_blocks,
-            lse,
-            block_size=block_size,
-            block_count=block_count,
-            init_blocks=init_blocks,
-            local_blocks=local_blocks,
-            **shared,
-        )
+        block_indices = block_selection(q, k_blocks, lse, block_size=block_size, **choice, **shared)
     if "selected" in branches:
         outputs["selected"], _ = selected_attention(q, k, v, block_indices, block_size=block_size, **shared)
     if "window" in branches:
@@ -233,5 +250,6 @@ def nsa_attention_sharded(
 
     rows = PartitionSpec(data_axes)
     tokens = PartitionSpec(data_axes, context_axis, tensor_axis)
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=(tokens,) * 4 + (rows,), out_specs=tokens)
+    # Kernels' results do not say over which mesh axes they vary, so that the check cannot follow them.
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(tokens,) * 4 + (rows,), out_specs=tokens, check_vma=False)
     return sharded(q, k, v, gate_logits, resolve_lengths(lengths, q.shape[0], k.shape[1]))

@@ -89,7 +89,7 @@ def call(operation: str, implementation: Implementation, *args: Any, **kwargs: A
             raise NotImplementedError(f"{operation} has no implementation {name!r}, only {', '.join(functions)}")
         return functions[name](*args, **kwargs)
 
-    *kernels, last = [name for name in _PREFERENCE.get(jax.default_backend(), ("xla",)) if name in functions]
+    *kernels, last = _by_preference(operation)
     for name in kernels:
         try:
             return functions[name](*args, **kwargs)
@@ -98,6 +98,25 @@ def call(operation: str, implementation: Implementation, *args: Any, **kwargs: A
                 _warned.add((operation, name))
                 warnings.warn(f"{operation}: {name} does not cover this call ({reason}); falling back", stacklevel=3)
     return functions[last](*args, **kwargs)
+
+
+def first_choice(operation: str, implementation: Implementation) -> str:
+    """The implementation that `call` tries first.
+
+    Args:
+      operation: the operation's name.
+      implementation: as in `call`.
+
+    Returns:
+      Its name.
+    """
+    name = implementation.get(operation) if isinstance(implementation, Mapping) else implementation
+    return name or _by_preference(operation)[0]
+
+
+def _by_preference(operation: str) -> list[str]:
+    names = _PREFERENCE.get(jax.default_backend(), ("xla",))
+    return [name for name in names if name in _registered[operation]]
 
 
 def _check_name(name: str) -> None:

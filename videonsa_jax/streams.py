@@ -158,7 +158,7 @@ class Batch:
       visual_source: for each visual token its place in the flattened [F * P / 4] merged tokens; 0 for padding.
       visual_positions: M-RoPE ids of the visual stream.
       visual_lengths: valid visual tokens.
-      visible_text: text tokens before each visual token (row 0; dense attention only, which needs Q = 1).
+      visible_text: text tokens before each visual token (in row 0; for dense attention only).
       text_tokens: token ids of the text stream.
       text_positions: M-RoPE ids of the text stream.
       text_lengths: valid text tokens; 0 for a row that only fills up.

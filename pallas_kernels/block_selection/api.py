@@ -4,10 +4,15 @@ import jax
 from jaxtyping import Float, Float32, Int, Int32
 
 from pallas_kernels import registry, validation
-from pallas_kernels.block_selection import reference, xla
+from pallas_kernels.block_selection import mosaic_tpu, reference, xla
 from pallas_kernels.common import ArrayLike, Scalar
 
-registry.register("block_selection", reference=reference.block_selection, xla=xla.block_selection)
+registry.register(
+    "block_selection",
+    reference=reference.block_selection,
+    xla=xla.block_selection,
+    mosaic_tpu=mosaic_tpu.block_selection,
+)
 
 
 def block_selection(

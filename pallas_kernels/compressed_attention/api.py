@@ -5,9 +5,14 @@ from jaxtyping import Float, Float32, Int
 
 from pallas_kernels import registry, validation
 from pallas_kernels.common import ArrayLike, Scalar
-from pallas_kernels.compressed_attention import reference, xla
+from pallas_kernels.compressed_attention import mosaic_tpu, reference, xla
 
-registry.register("compressed_attention", reference=reference.compressed_attention, xla=xla.compressed_attention)
+registry.register(
+    "compressed_attention",
+    reference=reference.compressed_attention,
+    xla=xla.compressed_attention,
+    mosaic_tpu=mosaic_tpu.compressed_attention,
+)
 
 
 def compressed_attention(

@@ -5,9 +5,14 @@ from jaxtyping import Float, Float32, Int
 
 from pallas_kernels import registry, validation
 from pallas_kernels.common import ArrayLike
-from pallas_kernels.prefix_attention import reference, xla
+from pallas_kernels.prefix_attention import mosaic_tpu, reference, xla
 
-registry.register("prefix_attention", reference=reference.prefix_attention, xla=xla.prefix_attention)
+registry.register(
+    "prefix_attention",
+    reference=reference.prefix_attention,
+    xla=xla.prefix_attention,
+    mosaic_tpu=mosaic_tpu.prefix_attention,
+)
 
 
 def prefix_attention(

@@ -23,12 +23,6 @@ def test_a_config_says_how_to_run_it(name: str) -> None:
     assert "Hardware: " in registry._CONFIGS[name].__doc__
 
 
-@pytest.mark.parametrize("name", EXPECTED)
-def test_dense_attention_gets_one_question_a_context(name: str) -> None:
-    experiment = configs.get(name)
-    assert experiment.train.attention == "nsa" or experiment.data.questions_per_context == 1
-
-
 @pytest.mark.parametrize(("name", "millions"), [("nsa_video", 1), ("nsa_video_small", 30)])
 def test_the_models_have_the_stated_sizes(name: str, millions: int) -> None:
     model = nnx.eval_shape(lambda: VideoNSA(configs.get(name).model, rngs=nnx.Rngs(0)))

@@ -144,18 +144,21 @@ def visual_hidden(model: VideoNSA, batch: Batch) -> np.ndarray:
     return np.asarray(outputs(model, batch, return_visual=True).visual_hidden)
 
 
-def loss(model: VideoNSA, batch: Batch, attention: str | None = None) -> jax.Array:
+def loss(model: VideoNSA, batch: Batch, attention: str | None = None, rows_share_prefix: bool = False) -> jax.Array:
     """Sum over valid text tokens of the cross-entropy of a target that depends on the token alone."""
-    log_probabilities = jax.nn.log_softmax(model(batch, attention=attention).logits)
+    hidden, _ = model.text_hidden(batch, attention, rows_share_prefix=rows_share_prefix)
+    log_probabilities = jax.nn.log_softmax(model.logits(hidden))
     targets = (7 * batch.text_tokens + 3) % 61
     of_target = jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0]
     valid = jnp.arange(targets.shape[-1]) < batch.text_lengths[..., None]
     return -jnp.sum(jnp.where(valid, of_target, 0.0))
 
 
-@partial(jit, static_argnames="attention")
-def loss_and_gradients(model: VideoNSA, batch: Batch, attention: str | None = None) -> tuple[jax.Array, VideoNSA]:
-    return jax.value_and_grad(loss)(model, batch, attention)
+@partial(jit, static_argnames=("attention", "rows_share_prefix"))
+def loss_and_gradients(
+    model: VideoNSA, batch: Batch, attention: str | None = None, rows_share_prefix: bool = False
+) -> tuple[jax.Array, VideoNSA]:
+    return jax.value_and_grad(loss)(model, batch, attention, rows_share_prefix)
 
 
 def assert_close(actual: object, expected: object, tolerance: float) -> None:

@@ -48,6 +48,17 @@ def test_questions_on_one_context_equal_separate_samples(model, contexts):
     assert_close(shared_gradients, separate_gradients, FLOAT32_SUMS)
 
 
+def test_rows_with_one_prefix_share_a_context_in_dense_attention_too(model):
+    """Visual tokens see the text before them; where that is the same in all rows, one row stands for them exactly."""
+    contexts = [
+        [[words(4, 1), CLIP, words(n, n)] for n in (3, 6, 1)],
+        [[words(2, 7), IMAGE, words(3, 8), CLIP, words(n, n)] for n in (5, 2, 4)],
+    ]
+    shared = loss_and_gradients(model, make_batch(contexts), "dense", True)
+    separate = make_batch([[row] for context in contexts for row in context], pixel_seeds=[0, 0, 0, 1, 1, 1])
+    assert_close(shared, loss_and_gradients(model, separate, "dense"), FLOAT32_SUMS)
+
+
 def test_padding_content_changes_nothing(model, contexts):
     """Bit for bit: padded pixels, ids, positions and visibilities are never read into a result."""
     sizes = {"frames": 6, "patches": 48, "visual": 30, "text": 14}

@@ -174,7 +174,7 @@ def test_initial_weights():
 def test_errors(model, batch):
     with pytest.raises(ValueError, match=r'attention is "nsa", but config.nsa is None'):
         build(dataclasses.replace(small_config(), nsa=None))(batch, attention="nsa")
-    with pytest.raises(ValueError, match="dense attention supports Q = 1 text row a context only, got Q = 2"):
+    with pytest.raises(ValueError, match="dense attention supports Q = 1 text row a context only, got Q = 2 rows"):
         model(batch, attention="dense")
     with pytest.raises(ValueError, match="attention is 'sparse', expected"):
         model(batch, attention="sparse")

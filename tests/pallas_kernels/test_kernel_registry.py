@@ -50,7 +50,7 @@ def test_an_unknown_operation_lists_the_known_ones(arrays):
         window_attention(*arrays, window_size=4, implementation={"sliding": "xla"})
 
 
-@pytest.mark.parametrize("name", ["mosaic_tpu", "triton", "triton_token_major"])
+@pytest.mark.parametrize("name", ["triton", "triton_token_major"])
 def test_a_name_that_does_not_exist_for_the_operation_says_which_do(arrays, name):
     assert name not in registry.available("window_attention")
     with pytest.raises(NotImplementedError, match=f"window_attention has no implementation '{name}', only reference"):

@@ -28,7 +28,7 @@ from videonsa_jax.data.scenes import SLOTS_PER_SECOND, Mark, Scene, paint
 from videonsa_jax.data.tokenizer import train_tokenizer
 
 # Raise it when the same configuration would give other files.
-_VERSION = 8
+_VERSION = 9
 
 _MIN_SIDE = 64
 _CLIPS_PER_WORKER = 16

@@ -224,12 +224,12 @@ class Scene:
 
 
 def event_slots(slots: int) -> int:
-    """Slots a needle, a card or a flash of the edge lasts in a clip of `slots`: at most a sixteenth, at most 4 s.
+    """Slots a needle, a card or a flash of the edge lasts in a clip of `slots`: at most a sixteenth, at most 6 s.
 
     Needles and cards are whole pairs of frames and fill a quarter without rest, so that a quarter's places reversed
     are the same places.
     """
-    return max(length for length in range(2, 17, 2) if length <= slots // 16 and slots // QUARTERS % length == 0)
+    return max(length for length in range(2, 25, 2) if length <= slots // 16 and slots // QUARTERS % length == 0)
 
 
 def needle_places(slots: int) -> int:

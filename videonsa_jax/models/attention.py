@@ -232,10 +232,12 @@ class Attention(nnx.Module):
         places: Visibility,
         options: AttentionOptions,
     ) -> Float[Array, "B Lv N G D"]:
+        # Where there are several rows, they share the text that a visual token sees: one of them stands for all.
+        text_kv = tuple(x[:, :1] for x in text_kv)
         query = query[:, None]
         past = _keys_up_to(query.shape[:3], places.visual_offset)
         visual = _prefix(query, *visual_kv, past, places.visual_lengths, options)
-        text = _prefix(query, *text_kv, places.visible_text[:, None], places.text_lengths, options)
+        text = _prefix(query, *text_kv, places.visible_text[:, None], places.text_lengths[:, :1], options)
         return merge_by_lse(visual, text)[0][:, 0]
 
     def attend_text(

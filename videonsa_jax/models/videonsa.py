@@ -95,6 +95,7 @@ class VideoNSA(nnx.Module):
         implementation: Implementation = None,
         mesh: Mesh | None = None,
         return_visual: bool = False,
+        rows_share_prefix: bool = False,
     ) -> tuple[Float[Array, "B Q Lt hidden"], Float[Array, "B Lv hidden"] | None]:
         """Everything but the output projection, so that a loss can choose its positions first.
 
@@ -106,16 +107,18 @@ class VideoNSA(nnx.Module):
             operation.
           mesh: the devices over which the batch is split; None or one device: no collectives.
           return_visual: also compute the visual half of the last layer, which nothing else reads.
+          rows_share_prefix: the rows of a context are the same up to their last visual token. Dense attention, in which
+            visual tokens see the text before them, then takes Q > 1 too, exactly.
 
         Returns:
           Final-normed hidden states of the text stream, to be passed to `logits`, and of the visual stream or None.
           Values at padded positions are finite and mean nothing.
 
         Raises:
-          ValueError: `attention` is unknown, is "nsa" on a model without gates, or is "dense" (or the model's dialect
-            "released") with Q > 1.
+          ValueError: `attention` is unknown, is "nsa" on a model without gates, or is "dense" with Q > 1 rows
+            that are not said to share their prefix, or the model's dialect is "released" with Q > 1.
         """
-        kind = self.attention_kind(attention, batch.text_tokens.shape[1])
+        kind = self.attention_kind(attention, batch.text_tokens.shape[1], rows_share_prefix)
         batch = jax.tree.map(jnp.asarray, batch)
         options = AttentionOptions(kind, implementation, mesh)
         # The default gather clamps: a padding id outside the vocabulary cannot become NaN.
@@ -171,7 +174,7 @@ class VideoNSA(nnx.Module):
         weights = self.lm_head.kernel[...].astype(self.dtype)
         return jnp.einsum("...h,hv->...v", hidden, weights, preferred_element_type=jnp.float32)
 
-    def attention_kind(self, attention: str | None, rows: int) -> AttentionKind:
+    def attention_kind(self, attention: str | None, rows: int, rows_share_prefix: bool = False) -> AttentionKind:
         """What `attention=None` means for this model.
 
         Raises:
@@ -185,7 +188,11 @@ class VideoNSA(nnx.Module):
             raise ValueError(
                 'VideoNSA: attention is "nsa", but config.nsa is None: this model has no gates, use "dense"'
             )
-        sees_text = "dense attention" if attention == "dense" else 'the dialect "released"'
-        if rows > 1 and (attention == "dense" or self.config.nsa.dialect == "released"):
-            raise ValueError(f"VideoNSA: {sees_text} supports Q = 1 text row a context only, got Q = {rows}")
+        if rows > 1 and attention == "dense" and not rows_share_prefix:
+            raise ValueError(
+                f"VideoNSA: dense attention supports Q = 1 text row a context only, got Q = {rows} rows that are not "
+                "said to share the text before their video (rows_share_prefix)"
+            )
+        if rows > 1 and attention == "nsa" and self.config.nsa.dialect == "released":
+            raise ValueError(f'VideoNSA: the dialect "released" supports Q = 1 text row a context only, got Q = {rows}')
         return attention

@@ -17,14 +17,17 @@ class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay (the paper's optimiser, App. B), with a plateau between if wished.
 
     Attributes:
+      name: "adamw", or "muon" for the matrices of the hidden layers and AdamW for the rest; from random weights Muon
+        needs several times fewer steps (README).
       learning_rate: peak.
       warmup_ratio: share of all steps spent warming up from warmup_start x peak.
       decay_ratio: share of all steps, the last ones, over which the rate falls; before, it stays at the peak.
       final_ratio: share of the peak left at the last step.
-      weight_decay: applied to matrices only, not to norms and biases.
+      weight_decay: applied to matrices only, not to norms and biases; with "muon", to what Muon updates only.
       max_grad_norm: global norm that gradients are clipped to.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-6
     warmup_ratio: float = 0.1
     warmup_start: float = 1e-5

@@ -103,7 +103,8 @@ def make_forward(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> Forward:
 
     def forward(params: Params, batch: Batch, positions: Int[Array, "B Q"] | None = None) -> Float[Array, "B Q *Lt V"]:
         network = nnx.merge(graphdef, params)
-        hidden, _ = network.text_hidden(batch, train.attention, implementation, mesh)
+        # A record's conversation opens with its video (data/sources.py), so nothing before it differs between rows.
+        hidden, _ = network.text_hidden(batch, train.attention, implementation, mesh, rows_share_prefix=True)
         if positions is not None:
             hidden = jnp.take_along_axis(hidden, positions[:, :, None, None], axis=2)[:, :, 0]
         return network.logits(hidden)
