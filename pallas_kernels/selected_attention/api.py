@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import Float, Float32, Int
 
-from pallas_kernels import registry, validation
+from pallas_kernels import gpu, registry, validation
 from pallas_kernels.common import ArrayLike, Scalar
 from pallas_kernels.selected_attention import mosaic_gpu, mosaic_tpu, reference, xla
 
@@ -11,7 +11,7 @@ registry.register(
     "selected_attention",
     reference=reference.selected_attention,
     xla=xla.selected_attention,
-    mosaic_gpu=mosaic_gpu.on_hopper,
+    mosaic_gpu=gpu.on_hopper(mosaic_gpu.selected_attention),
     mosaic_tpu=mosaic_tpu.selected_attention,
 )
 

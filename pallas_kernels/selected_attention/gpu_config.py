@@ -14,9 +14,6 @@ CONSUMERS = 2
 WIDEST_CLUSTER = 4
 """Thread blocks that may fetch together."""
 
-SHARED_MEMORY = 227 * 1024
-"""Bytes of shared memory that one thread block may use on Hopper."""
-
 
 @dataclasses.dataclass(frozen=True)
 class TileConfig:

@@ -9,18 +9,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.gpu import ROW_LAYOUT, Ref
 from pallas_kernels.selected_attention.gpu_config import CONSUMERS, ROWS, TOKENS, TileConfig
 
 BLOCK = 64
 """Keys per block that the kernels cover."""
-
-HIDDEN = 1e30
-"""Subtracted from the exponents of rows that do not see a block: their probabilities are 0."""
-
-ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
-"""One value per row of a 64-row tile in registers."""
-
-Ref = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +53,6 @@ def launch(config: TileConfig, rows: int, tiles: int) -> dict[str, Any]:
     if config.cluster > 1:
         options |= {"cluster": (config.cluster,), "cluster_names": ("pair",)}
     return options
-
-
-def tile_memory(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory that the matrix units read: 128-byte swizzle over tiles of 8 rows."""
-    columns = 128 // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
 
 
 def consumed_barrier(config: TileConfig) -> Any:
@@ -148,28 +135,3 @@ def causal_mask(entry: jax.Array, start: jax.Array) -> jax.Array:
     token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) // ROWS
     key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
     return key + ((entry >> 16) * BLOCK - start) <= token
-
-
-def product(left: Ref, right: Ref, columns: int) -> jax.Array:
-    """left @ right of two tiles in shared memory, 64 rows."""
-
-    def multiply(acc_ref):
-        plgpu.wgmma(acc_ref, left, right)
-        return acc_ref[...]
-
-    return pl.run_scoped(multiply, plgpu.ACC((TOKENS * ROWS, columns), jnp.float32))
-
-
-def add_product(acc: jax.Array, left: jax.Array, right: Ref, interpret: Any) -> jax.Array:
-    """acc + left @ right on the matrix units."""
-
-    def accumulate(acc_ref):
-        plgpu.wgmma(acc_ref, left, right)
-
-    if interpret is None:
-        return pl.run_state(accumulate)(plgpu.ACC.init(acc))
-
-    # The interpreter multiplies from shared memory alone. The fence stands between a plain read and the next copy.
-    product = jnp.dot(left, right[...], preferred_element_type=jnp.float32)
-    plgpu.commit_smem()
-    return acc + product

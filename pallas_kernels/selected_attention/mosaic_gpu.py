@@ -16,13 +16,15 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Float32, Int
 
+from pallas_kernels import gpu
 from pallas_kernels.common import EMPTY_LSE, ArrayLike, Scalar, block_total, resolve_lengths, zero_where
+from pallas_kernels.gpu import HIDDEN, ROW_LAYOUT
 from pallas_kernels.selected_attention import gpu_config
 from pallas_kernels.selected_attention import gpu_tiles as tiling
 from pallas_kernels.selected_attention import mosaic_gpu_backward as backward
 from pallas_kernels.selected_attention.gpu_config import CONSUMERS, ROWS, TOKENS
 from pallas_kernels.selected_attention.gpu_lists import TILE, TileLists, block_lists, tile_lists, visible_choice
-from pallas_kernels.selected_attention.gpu_tiles import BLOCK, HIDDEN, ROW_LAYOUT
+from pallas_kernels.selected_attention.gpu_tiles import BLOCK
 
 SAVED = ("selected_output", "selected_lse")
 """Names of what the gradient keeps besides its inputs, for `jax.checkpoint_policies.save_only_these_names`."""
@@ -60,7 +62,7 @@ def selected_attention(
       NotImplementedError: a dtype, head size, group or block size that the kernels do not cover.
     """
     q, k, v, block_indices = (jnp.asarray(x) for x in (q, k, v, block_indices))
-    _check_covered(q, k, block_size, interpret)
+    _check_covered(q, k, block_size)
     if 0 in (*q.shape, *k.shape, block_indices.shape[3]):
         return jnp.zeros(q.shape, q.dtype), jnp.full(q.shape[:-1], EMPTY_LSE, jnp.float32)
     length = resolve_lengths(lengths, q.shape[0], k.shape[1])
@@ -68,20 +70,6 @@ def selected_attention(
     chosen = visible_choice(block_indices, length, q_offset, k.shape[1], block_size)
     k, v = (whole_blocks(x, length if lengths is not None else None) for x in (k, v))
     return _attend(config, interpret, q, k, v, chosen, length, jnp.asarray(q_offset, jnp.int32))
-
-
-def on_hopper(*args: Any, **kwargs: Any) -> Any:
-    """Runs `selected_attention` where the default device is a Hopper GPU; see there.
-
-    Raises:
-      NotImplementedError: another device, or a call that the kernels do not cover.
-    """
-    device = jax.devices()[0]
-    capability = getattr(device, "compute_capability", None)
-    if capability != "9.0":
-        seen = f"compute capability {capability}" if capability else f"platform {device.platform!r}"
-        raise NotImplementedError(f"the Mosaic GPU kernel needs a Hopper GPU (compute capability 9.0), not {seen}")
-    return selected_attention(*args, **kwargs)
 
 
 def whole_blocks(x: Float[jax.Array, "B S N D"], length: Int[jax.Array, "B"] | None) -> Float[jax.Array, "B P N D"]:
@@ -92,14 +80,8 @@ def whole_blocks(x: Float[jax.Array, "B S N D"], length: Int[jax.Array, "B"] | N
     return jnp.pad(x, [(0, 0), (0, block_total(keys, BLOCK) * BLOCK - keys), (0, 0), (0, 0)])
 
 
-def _check_covered(q: jax.Array, k: jax.Array, block_size: int, interpret: Any) -> None:
-    group, size = q.shape[3:]
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"the Mosaic GPU kernel takes bfloat16 and float16, not {q.dtype}")
-    if size not in (64, 128):
-        raise NotImplementedError(f"the Mosaic GPU kernel takes head sizes 64 and 128, not {size}")
-    if group > ROWS:
-        raise NotImplementedError(f"the Mosaic GPU kernel takes at most {ROWS} query heads per KV head, not {group}")
+def _check_covered(q: jax.Array, k: jax.Array, block_size: int) -> None:
+    gpu.check_covered(q.dtype, *q.shape[3:])
     if block_size != BLOCK:
         raise NotImplementedError(f"the Mosaic GPU kernel takes block_size {BLOCK}, not {block_size}")
     if block_total(k.shape[1], BLOCK) >= 2**15:
@@ -179,7 +161,7 @@ def forward(
     """
     batch, queries, heads, group, size = q.shape
     rows, tiles, pieces, width = lists.entries.shape
-    scale = size**-0.5 * math.log2(math.e)
+    scale = size**-0.5 * gpu.LOG2_E
 
     def body(q_ref, k_ref, v_ref, entries_ref, tiles_ref, o_ref, lse_ref, *scratch):
         q_smem, k_smem, v_smem, entries_smem, lse_smem, q_ready, list_ready, loaded, consumed = scratch
@@ -209,7 +191,7 @@ def forward(
                 def attend(carry):
                     acc, top, total = carry
 
-                    s = tiling.product(q_tile, k_smem.at[slot].transpose((1, 0)), BLOCK)
+                    s = gpu.product(q_tile, k_smem.at[slot].transpose((1, 0)), BLOCK)
                     if causal:
                         s = jnp.where(tiling.causal_mask(entry, start + offset), s, -HIDDEN)
                     seen = tiling.chosen_rows(entry, warpgroup)
@@ -219,7 +201,7 @@ def forward(
                     rescale = jnp.exp2(top - new_top)
                     total = total * rescale + p.sum(axis=1)
                     acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
-                    acc = tiling.add_product(acc, p.astype(v_ref.dtype), v_smem.at[slot], interpret)
+                    acc = gpu.add_product(acc, p.astype(v_ref.dtype), v_smem.at[slot], interpret)
                     return acc, new_top, total
 
                 carry = lax.cond(tiling.chosen_by(entry, warpgroup), attend, lambda carry: carry, carry)
@@ -259,9 +241,9 @@ def forward(
             jax.ShapeDtypeStruct((rows, tiles * TILE * ROWS), jnp.float32),
         ),
         scratch_types=(
-            tiling.tile_memory((CONSUMERS, TOKENS * ROWS, size), q.dtype),
-            tiling.tile_memory((config.stages, BLOCK, size), q.dtype),
-            tiling.tile_memory((config.stages, BLOCK, size), q.dtype),
+            gpu.tile_memory((CONSUMERS, TOKENS * ROWS, size), q.dtype),
+            gpu.tile_memory((config.stages, BLOCK, size), q.dtype),
+            gpu.tile_memory((config.stages, BLOCK, size), q.dtype),
             plgpu.SMEM((pieces, width), jnp.int32),
             plgpu.SMEM((CONSUMERS, TOKENS * ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=TOKENS, num_barriers=CONSUMERS),

@@ -1,7 +1,6 @@
 """Selected attention on Hopper, backward: dq over tiles of queries, dk and dv over the queries of a block."""
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -11,7 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Float32
 
+from pallas_kernels import gpu
 from pallas_kernels.common import EMPTY_LSE
+from pallas_kernels.gpu import COLUMN_LAYOUT, HIDDEN, ROW_LAYOUT, WARPS
 from pallas_kernels.selected_attention import gpu_tiles as tiling
 from pallas_kernels.selected_attention.gpu_config import (
     CONSUMERS,
@@ -22,12 +23,7 @@ from pallas_kernels.selected_attention.gpu_config import (
     TileConfig,
 )
 from pallas_kernels.selected_attention.gpu_lists import TILE, BlockLists, TileLists
-from pallas_kernels.selected_attention.gpu_tiles import BLOCK, HIDDEN, ROW_LAYOUT
-
-WARPS = 4
-"""Warps of a warpgroup."""
-
-_COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
+from pallas_kernels.selected_attention.gpu_tiles import BLOCK
 
 
 def row_terms(
@@ -49,7 +45,7 @@ def row_terms(
         x = jnp.pad(x, [(0, 0), (0, past), (0, 0), (0, ROWS - group)], constant_values=fill)
         return jnp.swapaxes(x, 1, 2).reshape(batch * heads, -1)
 
-    shift = jnp.where(empty, HIDDEN, lse * math.log2(math.e))
+    shift = jnp.where(empty, HIDDEN, lse * gpu.LOG2_E)
     return in_rows(shift, HIDDEN), in_rows(jnp.where(empty, 0.0, delta), 0.0)
 
 
@@ -73,7 +69,7 @@ def query_gradient(
     """The gradient of q: the forward's walk over the blocks of a tile, with the probabilities from the log-sum-exp."""
     queries, heads, size = q.shape[1], q.shape[2], q.shape[4]
     rows, tiles, pieces, width = lists.entries.shape
-    scale = size**-0.5 * math.log2(math.e)
+    scale = size**-0.5 * gpu.LOG2_E
 
     def body(q_ref, k_ref, v_ref, do_ref, shift_ref, delta_ref, entries_ref, tiles_ref, dq_ref, *scratch):
         (q_smem, do_smem, k_smem, v_smem, shift_smem, delta_smem, entries_smem) = scratch[:7]
@@ -108,14 +104,14 @@ def query_gradient(
                 plgpu.barrier_wait(loaded.at[slot])
 
                 def attend(dq):
-                    s = tiling.product(q_tile, k_smem.at[slot].transpose((1, 0)), BLOCK)
+                    s = gpu.product(q_tile, k_smem.at[slot].transpose((1, 0)), BLOCK)
                     if causal:
                         s = jnp.where(tiling.causal_mask(entry, start + offset), s, -HIDDEN)
                     row_shift = jnp.where(tiling.chosen_rows(entry, warpgroup), own_shift, HIDDEN)
                     p = jnp.exp2(s * scale - lax.broadcast_in_dim(row_shift, s.shape, [0]))
-                    dp = tiling.product(do_tile, v_smem.at[slot].transpose((1, 0)), BLOCK)
+                    dp = gpu.product(do_tile, v_smem.at[slot].transpose((1, 0)), BLOCK)
                     ds = p * (dp - lax.broadcast_in_dim(own_delta, s.shape, [0]))
-                    return tiling.add_product(dq, ds.astype(k_ref.dtype), k_smem.at[slot], interpret)
+                    return gpu.add_product(dq, ds.astype(k_ref.dtype), k_smem.at[slot], interpret)
 
                 dq = lax.cond(tiling.chosen_by(entry, warpgroup), attend, lambda dq: dq, dq)
                 plgpu.barrier_arrive(consumed.at[slot])
@@ -143,10 +139,10 @@ def query_gradient(
         body,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=(
-            tiling.tile_memory((CONSUMERS, TOKENS * ROWS, size), q.dtype),
-            tiling.tile_memory((CONSUMERS, TOKENS * ROWS, size), q.dtype),
-            tiling.tile_memory((config.stages, BLOCK, size), q.dtype),
-            tiling.tile_memory((config.stages, BLOCK, size), q.dtype),
+            gpu.tile_memory((CONSUMERS, TOKENS * ROWS, size), q.dtype),
+            gpu.tile_memory((CONSUMERS, TOKENS * ROWS, size), q.dtype),
+            gpu.tile_memory((config.stages, BLOCK, size), q.dtype),
+            gpu.tile_memory((config.stages, BLOCK, size), q.dtype),
             plgpu.SMEM((CONSUMERS, TOKENS * ROWS), jnp.float32),
             plgpu.SMEM((CONSUMERS, TOKENS * ROWS), jnp.float32),
             plgpu.SMEM((pieces, width), jnp.int32),
@@ -177,7 +173,7 @@ def key_gradients(
     after the kernel. Both orders are fixed, so the same inputs give the same bits.
     """
     queries, heads, size = q.shape[1], q.shape[2], q.shape[4]
-    scale = size**-0.5 * math.log2(math.e)
+    scale = size**-0.5 * gpu.LOG2_E
     nobody = padded_tokens(queries) - 1
     stages = config.stages
     copies = 2 * TOKENS + 2 * (1 if config.gather_terms else TOKENS)
@@ -209,19 +205,19 @@ def key_gradients(
                 stage = lax.rem(i, stages)
                 plgpu.barrier_wait(loaded.at[stage])
                 q_tile, do_tile = q_smem.at[stage], do_smem.at[stage]
-                s = tiling.product(k_smem, q_tile.transpose((1, 0)), TOKENS * ROWS)
+                s = gpu.product(k_smem, q_tile.transpose((1, 0)), TOKENS * ROWS)
                 if causal:
                     s = jnp.where(_sees(tuple(token_at(i * TOKENS + t) for t in range(TOKENS)), origin), s, -HIDDEN)
-                row_shift = plgpu.load(shift_smem.at[stage], layout=_COLUMN_LAYOUT)
+                row_shift = plgpu.load(shift_smem.at[stage], layout=COLUMN_LAYOUT)
                 if config.gather_terms:
                     there = _column_token() < end - begin - i * TOKENS
                     row_shift = jnp.where(there, row_shift, HIDDEN)
                 p = jnp.exp2(s * scale - lax.broadcast_in_dim(row_shift, s.shape, [1]))
-                dv = tiling.add_product(dv, p.astype(q_ref.dtype), do_tile, interpret)
-                dp = tiling.product(v_smem, do_tile.transpose((1, 0)), TOKENS * ROWS)
-                row_delta = plgpu.load(delta_smem.at[stage], layout=_COLUMN_LAYOUT)
+                dv = gpu.add_product(dv, p.astype(q_ref.dtype), do_tile, interpret)
+                dp = gpu.product(v_smem, do_tile.transpose((1, 0)), TOKENS * ROWS)
+                row_delta = plgpu.load(delta_smem.at[stage], layout=COLUMN_LAYOUT)
                 ds = p * (dp - lax.broadcast_in_dim(row_delta, s.shape, [1]))
-                dk = tiling.add_product(dk, ds.astype(q_ref.dtype), q_tile, interpret)
+                dk = gpu.add_product(dk, ds.astype(q_ref.dtype), q_tile, interpret)
                 plgpu.barrier_arrive(consumed.at[stage])
                 return dk, dv
 
@@ -330,13 +326,13 @@ def key_gradients(
             *([partial] * 2 * (lists.slots > 0)),
         ),
         scratch_types=(
-            tiling.tile_memory((BLOCK, size), k.dtype),
-            tiling.tile_memory((BLOCK, size), k.dtype),
-            tiling.tile_memory((stages, TOKENS * ROWS, size), k.dtype),
-            tiling.tile_memory((stages, TOKENS * ROWS, size), k.dtype),
+            gpu.tile_memory((BLOCK, size), k.dtype),
+            gpu.tile_memory((BLOCK, size), k.dtype),
+            gpu.tile_memory((stages, TOKENS * ROWS, size), k.dtype),
+            gpu.tile_memory((stages, TOKENS * ROWS, size), k.dtype),
             plgpu.SMEM((stages, TOKENS * ROWS), jnp.float32),
             plgpu.SMEM((stages, TOKENS * ROWS), jnp.float32),
-            tiling.tile_memory((BLOCK, size), jnp.float32),
+            gpu.tile_memory((BLOCK, size), jnp.float32),
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
@@ -357,7 +353,7 @@ def key_gradients(
 
 def _column_token() -> jax.Array:
     """[64]: which of a group's 8 tokens a column belongs to."""
-    return plgpu.broadcasted_iota(jnp.int32, (TOKENS * ROWS,), 0, layout=_COLUMN_LAYOUT) // ROWS
+    return plgpu.broadcasted_iota(jnp.int32, (TOKENS * ROWS,), 0, layout=COLUMN_LAYOUT) // ROWS
 
 
 def _sees(tokens: tuple[jax.Array, ...], origin: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-from pallas_kernels import selected_attention
+from pallas_kernels import gpu, selected_attention
 from pallas_kernels.common import EMPTY_LSE
 from pallas_kernels.selected_attention import gpu_config, gpu_lists, mosaic_gpu, reference
 from pallas_kernels.specs import SPECS
@@ -163,7 +163,7 @@ def test_the_published_shapes_lower_for_hopper(spec):
 def test_shared_memory_holds_what_the_heuristic_asks_for():
     for size in (64, 128):
         config = gpu_config.heuristic(4096, 4, size)
-        assert max(config.shared_memory(size).values()) <= gpu_config.SHARED_MEMORY
+        assert max(config.shared_memory(size).values()) <= gpu.SHARED_MEMORY
 
 
 def test_blocks_of_a_tile_ascend_and_carry_the_masks():
