@@ -1,0 +1,103 @@
+"""What the Hopper kernels of every operation share: refusals, shared memory, products on the matrix units."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+LOG2_E = math.log2(math.e)
+
+HIDDEN = 1e30
+"""Subtracted from the exponents of rows that see nothing: their probabilities are 0."""
+
+TILE_ROWS = 64
+"""Rows of one product of a warpgroup."""
+
+ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
+"""One value per row of a tile in registers."""
+
+COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
+"""One value per column of a tile in registers."""
+
+SHARED_MEMORY = 227 * 1024
+"""Bytes of shared memory that one thread block may use on Hopper."""
+
+WARPS = 4
+"""Warps of a warpgroup."""
+
+Ref = Any
+
+
+def on_hopper(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation to register: `kernel` where the default device is a Hopper GPU.
+
+    Args:
+      kernel: an operation's Mosaic GPU implementation.
+
+    Returns:
+      A function of the same arguments. It raises NotImplementedError on another device.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        device = jax.devices()[0]
+        capability = getattr(device, "compute_capability", None)
+        if capability != "9.0":
+            seen = f"compute capability {capability}" if capability else f"platform {device.platform!r}"
+            raise NotImplementedError(f"the Mosaic GPU kernel needs a Hopper GPU (compute capability 9.0), not {seen}")
+        return kernel(*args, **kwargs)
+
+    return run
+
+
+def check_covered(dtype: Any, group_size: int, head_dim: int) -> None:
+    """Refuses queries that the kernels do not take.
+
+    Args:
+      dtype: of q, k and v.
+      group_size: G, query heads per KV head.
+      head_dim: D.
+
+    Raises:
+      NotImplementedError: names the argument, the value seen and those that are covered.
+    """
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"the Mosaic GPU kernel takes bfloat16 and float16, not {dtype}")
+    if head_dim not in (64, 128):
+        raise NotImplementedError(f"the Mosaic GPU kernel takes head sizes 64 and 128, not {head_dim}")
+    if group_size > 8:
+        raise NotImplementedError(f"the Mosaic GPU kernel takes at most 8 query heads per KV head, not {group_size}")
+
+
+def tile_memory(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory that the matrix units read: 128-byte swizzle over tiles of 8 rows."""
+    columns = 128 // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
+
+
+def product(left: Ref, right: Ref, columns: int) -> jax.Array:
+    """left @ right of two tiles in shared memory: 64 rows, float32."""
+
+    def multiply(acc_ref: Ref) -> jax.Array:
+        plgpu.wgmma(acc_ref, left, right)
+        return acc_ref[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((TILE_ROWS, columns), jnp.float32))
+
+
+def add_product(acc: jax.Array, left: jax.Array | Ref, right: Ref, interpret: Any) -> jax.Array:
+    """acc + left @ right on the matrix units; `left` in registers or shared memory."""
+
+    def accumulate(acc_ref: Ref) -> None:
+        plgpu.wgmma(acc_ref, left, right)
+
+    if interpret is None:
+        return pl.run_state(accumulate)(plgpu.ACC.init(acc))
+
+    # The interpreter multiplies from shared memory alone. The fence stands between a plain read and the next copy.
+    product = jnp.dot(left[...], right[...], preferred_element_type=jnp.float32)
+    plgpu.commit_smem()
+    return acc + product
