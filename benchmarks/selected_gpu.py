@@ -277,8 +277,8 @@ def tune(inputs: list[tuple[jax.Array, ...]], choices: list[jax.Array], record: 
     pairs = dataclasses.replace(
         base, forward=dataclasses.replace(base.forward, cluster=2), dq=dataclasses.replace(base.dq, cluster=2)
     )
-    for part, gather in ((base.dkdv.part, True), (base.dkdv.part // 2, False), (base.dkdv.part * 2, False)):
-        config = gpu_config.BlockConfig(base.dkdv.stages, part, gather)
+    for part in (base.dkdv.part // 2, base.dkdv.part * 2):
+        config = gpu_config.BlockConfig(base.dkdv.stages, part)
         lists = jax.jit(lambda x, part=part: block_lists(x, zero, queries, BLOCK, part))(chosen)
         fn = jax.jit(functools.partial(mosaic_gpu_backward.key_gradients, config, None))
         attempt(record, f"dkdv {config}", lambda: median_ms(fn, [(q, k, v, do, *rows, lists)], 3))  # noqa: B023

@@ -39,13 +39,10 @@ class BlockConfig:
     Attributes:
       stages: groups of 8 tokens in flight; even, for the two warpgroups take turns.
       part: the most tokens that one thread block walks over; longer lists are split and summed in float32.
-      gather_terms: XLA lays out the log-sum-exp and delta of every list's tokens beforehand (64 bytes per chosen
-        block), so that a group of 8 tokens takes 18 copies; else 32.
     """
 
     stages: int
     part: int
-    gather_terms: bool = False
 
     def __post_init__(self):
         if self.stages < 2 or self.stages % CONSUMERS or self.part < 1 or self.part % TOKENS:

@@ -174,16 +174,13 @@ def key_gradients(
     """
     queries, heads, size = q.shape[1], q.shape[2], q.shape[4]
     scale = size**-0.5 * gpu.LOG2_E
-    nobody = padded_tokens(queries) - 1
     stages = config.stages
-    copies = 2 * TOKENS + 2 * (1 if config.gather_terms else TOKENS)
-    if config.gather_terms:
-        shift, delta = (_terms_in_lists(x, lists, queries) for x in (shift, delta))
+    terms = _terms_in_lists(shift, delta, lists, queries)
 
-    def body(q_ref, k_ref, v_ref, do_ref, shift_ref, delta_ref, tokens_ref, items_ref, dk_ref, dv_ref, *rest):
+    def body(q_ref, k_ref, v_ref, do_ref, terms_ref, tokens_ref, items_ref, dk_ref, dv_ref, *rest):
         partial_refs = rest[: 2 * (lists.slots > 0)]
-        k_smem, v_smem, q_smem, do_smem, shift_smem, delta_smem, sum_smem = rest[len(partial_refs) :][:7]
-        block_ready, loaded, consumed, full, free = rest[len(partial_refs) + 7 :]
+        k_smem, v_smem, q_smem, do_smem, terms_smem, sum_smem = rest[len(partial_refs) :][:6]
+        block_ready, loaded, consumed, full, free = rest[len(partial_refs) + 6 :]
         item = lax.axis_index("item")
         row, block, begin, end, partial_end, slot, origin = (items_ref[item, i] for i in range(7))
         b, n = lax.div(row, heads), lax.rem(row, heads)
@@ -208,14 +205,12 @@ def key_gradients(
                 s = gpu.product(k_smem, q_tile.transpose((1, 0)), TOKENS * ROWS)
                 if causal:
                     s = jnp.where(_sees(tuple(token_at(i * TOKENS + t) for t in range(TOKENS)), origin), s, -HIDDEN)
-                row_shift = plgpu.load(shift_smem.at[stage], layout=COLUMN_LAYOUT)
-                if config.gather_terms:
-                    there = _column_token() < end - begin - i * TOKENS
-                    row_shift = jnp.where(there, row_shift, HIDDEN)
+                there = _column_token() < end - begin - i * TOKENS
+                row_shift = jnp.where(there, plgpu.load(terms_smem.at[stage, 0], layout=COLUMN_LAYOUT), HIDDEN)
                 p = jnp.exp2(s * scale - lax.broadcast_in_dim(row_shift, s.shape, [1]))
                 dv = gpu.add_product(dv, p.astype(q_ref.dtype), do_tile, interpret)
                 dp = gpu.product(v_smem, do_tile.transpose((1, 0)), TOKENS * ROWS)
-                row_delta = plgpu.load(delta_smem.at[stage], layout=COLUMN_LAYOUT)
+                row_delta = plgpu.load(terms_smem.at[stage, 1], layout=COLUMN_LAYOUT)
                 ds = p * (dp - lax.broadcast_in_dim(row_delta, s.shape, [1]))
                 dk = gpu.add_product(dk, ds.astype(q_ref.dtype), q_tile, interpret)
                 plgpu.barrier_arrive(consumed.at[stage])
@@ -271,7 +266,7 @@ def key_gradients(
             plgpu.copy_gmem_to_smem(k_ref.at[b, keys, n], k_smem, block_ready)
             plgpu.copy_gmem_to_smem(v_ref.at[b, keys, n], v_smem, block_ready)
 
-            # A group of 8 tokens is 32 small copies; four warps start them at once.
+            # A group of 8 tokens is 16 small copies and one of its terms; four warps start them at once.
             @plgpu.warp_map
             def _(warp):
                 own = tuple(warp * (TOKENS // WARPS) + t for t in range(TOKENS // WARPS))
@@ -290,24 +285,11 @@ def key_gradients(
                         heads_of = (b, token, n, pl.ds(0, ROWS))
                         plgpu.copy_gmem_to_smem(q_ref.at[heads_of], q_smem.at[stage, tile], loaded.at[stage])
                         plgpu.copy_gmem_to_smem(do_ref.at[heads_of], do_smem.at[stage, tile], loaded.at[stage])
-                        if config.gather_terms:
-                            continue
-                        # Past the list's end a token stands in; the terms of a query that is not there hide it.
-                        there = begin + i * TOKENS + t < end
-                        terms = pl.ds(jnp.where(there, token, nobody) * ROWS, ROWS)
-                        plgpu.copy_gmem_to_smem(shift_ref.at[row, terms], shift_smem.at[stage, tile], loaded.at[stage])
-                        plgpu.copy_gmem_to_smem(delta_ref.at[row, terms], delta_smem.at[stage, tile], loaded.at[stage])
 
-                    if config.gather_terms:
-                        terms = pl.ds((begin + i * TOKENS) * ROWS, TOKENS * ROWS)
-
-                        @pl.when(warp == 0)
-                        def _():
-                            plgpu.copy_gmem_to_smem(shift_ref.at[terms], shift_smem.at[stage], loaded.at[stage])
-
-                        @pl.when(warp == 1)
-                        def _():
-                            plgpu.copy_gmem_to_smem(delta_ref.at[terms], delta_smem.at[stage], loaded.at[stage])
+                    @pl.when(warp == 0)
+                    def _():
+                        columns = pl.ds((begin + i * TOKENS) * ROWS, TOKENS * ROWS)
+                        plgpu.copy_gmem_to_smem(terms_ref.at[:, columns], terms_smem.at[stage], loaded.at[stage])
 
                     return following
 
@@ -330,11 +312,10 @@ def key_gradients(
             gpu.tile_memory((BLOCK, size), k.dtype),
             gpu.tile_memory((stages, TOKENS * ROWS, size), k.dtype),
             gpu.tile_memory((stages, TOKENS * ROWS, size), k.dtype),
-            plgpu.SMEM((stages, TOKENS * ROWS), jnp.float32),
-            plgpu.SMEM((stages, TOKENS * ROWS), jnp.float32),
+            plgpu.SMEM((stages, 2, TOKENS * ROWS), jnp.float32),
             gpu.tile_memory((BLOCK, size), jnp.float32),
             plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2 * TOKENS + 1, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(),
             plgpu.Barrier(),
@@ -345,7 +326,7 @@ def key_gradients(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )(q, k, v, do, shift, delta, lists.tokens, lists.items)
+    )(q, k, v, do, terms, lists.tokens, lists.items)
     if partials:
         dk, dv = (_with_parts(x, parts, lists, heads) for x, parts in zip((dk, dv), partials, strict=True))
     return dk, dv
@@ -367,14 +348,18 @@ def _sees(tokens: tuple[jax.Array, ...], origin: jax.Array) -> jax.Array:
     return key <= lax.broadcast_in_dim(place, shape, [1])
 
 
-def _terms_in_lists(x: jax.Array, lists: BlockLists, queries: int) -> jax.Array:
-    """The 8 rows of each token of the lists [P * 8], and one group's more, which is never seen."""
-    rows = x.shape[0]
+def _terms_in_lists(shift: jax.Array, delta: jax.Array, lists: BlockLists, queries: int) -> jax.Array:
+    """Shift and delta of the 8 rows of each token of the lists [2, P * 8], and one group's more, which is never seen.
+
+    A copy to shared memory must begin at a multiple of 128 bytes there, and a token's terms have 32: laid out in the
+    order of the lists, those of 8 tokens are one copy.
+    """
+    rows = shift.shape[0]
     # Lists of one row after another; what follows the last row's belongs to no block.
-    ends = lists.row_ends
-    row = jnp.searchsorted(ends, jnp.arange(lists.tokens.shape[0], dtype=jnp.int32), side="right")
-    terms = x.reshape(rows, -1, ROWS)[jnp.minimum(row, rows - 1), jnp.minimum(lists.tokens, queries - 1)]
-    return jnp.pad(terms.reshape(-1), (0, TOKENS * ROWS))
+    row = jnp.searchsorted(lists.row_ends, jnp.arange(lists.tokens.shape[0], dtype=jnp.int32), side="right")
+    place = (jnp.minimum(row, rows - 1), jnp.minimum(lists.tokens, queries - 1))
+    terms = jnp.stack([x.reshape(rows, -1, ROWS)[place].reshape(-1) for x in (shift, delta)])
+    return jnp.pad(terms, [(0, 0), (0, TOKENS * ROWS)])
 
 
 def _with_parts(x: jax.Array, parts: jax.Array, lists: BlockLists, heads: int) -> jax.Array:

@@ -17,9 +17,9 @@ from pallas_kernels.specs import SPECS
 BLOCK = 64
 
 
-def small_config(cluster=1, part=8, gather_terms=False):
+def small_config(cluster=1, part=8):
     tiles = gpu_config.TileConfig(stages=2, cluster=cluster)
-    return gpu_config.Config(forward=tiles, dq=tiles, dkdv=gpu_config.BlockConfig(2, part, gather_terms))
+    return gpu_config.Config(forward=tiles, dq=tiles, dkdv=gpu_config.BlockConfig(2, part))
 
 
 def draw(shape, seed, dtype, end=None):
@@ -120,7 +120,7 @@ def test_blocks_fetched_by_two_thread_blocks_at_once():
     )
 
 
-def test_wide_heads_whole_lists_and_gathered_terms():
+def test_wide_heads_and_whole_lists():
     compare(
         jnp.bfloat16,
         8,
@@ -129,7 +129,7 @@ def test_wide_heads_whole_lists_and_gathered_terms():
         keys=97,
         places=1,
         q_offset=64,
-        config=small_config(part=64, gather_terms=True),
+        config=small_config(part=64),
     )
 
 
