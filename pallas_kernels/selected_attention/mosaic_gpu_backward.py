@@ -181,7 +181,7 @@ def key_gradients(
     queries, heads, size = q.shape[1], q.shape[2], q.shape[4]
     scale = size**-0.5 * gpu.LOG2_E
     stages = config.stages
-    terms = _terms_in_lists(shift, delta, lists, queries)
+    terms = terms_in_lists(shift, delta, lists, queries)
 
     def body(q_ref, k_ref, v_ref, do_ref, terms_ref, tokens_ref, items_ref, dk_ref, dv_ref, *rest):
         partial_refs = rest[: 2 * (lists.slots > 0)]
@@ -362,7 +362,7 @@ def _sees(tokens: tuple[jax.Array, ...], origin: jax.Array) -> jax.Array:
     return key <= lax.broadcast_in_dim(place, shape, [1])
 
 
-def _terms_in_lists(shift: jax.Array, delta: jax.Array, lists: BlockLists, queries: int) -> jax.Array:
+def terms_in_lists(shift: jax.Array, delta: jax.Array, lists: BlockLists, queries: int) -> jax.Array:
     """Shift and delta of the 8 rows of each token of the lists [2, P * 8], and one group's more, which is never seen.
 
     A copy to shared memory must begin at a multiple of 128 bytes there, and a token's terms have 32: laid out in the
