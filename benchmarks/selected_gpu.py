@@ -219,8 +219,8 @@ def time_pieces(
     queries = inputs[0][0].shape[1]
     zero, length = jnp.int32(0), jnp.array([queries], jnp.int32)
 
-    def tiles(index: jax.Array, cluster: int) -> Any:
-        return tile_lists(visible_choice(index, length, zero, queries, BLOCK), length, zero, queries, BLOCK, cluster)
+    def tiles(index: jax.Array, tokens: int) -> Any:
+        return tile_lists(visible_choice(index, length, zero, queries, BLOCK), length, zero, queries, BLOCK, tokens)
 
     def queries_of(index: jax.Array) -> Any:
         return block_lists(visible_choice(index, length, zero, queries, BLOCK), zero, queries, BLOCK, config.dkdv.part)
@@ -228,15 +228,15 @@ def time_pieces(
     pad = jax.jit(lambda x: mosaic_gpu.whole_blocks(x, None))
     calls = [(q, pad(k), pad(v), do) for q, k, v, do in inputs]
     tile_fn, block_fn = jax.jit(tiles, static_argnums=1), jax.jit(queries_of)
-    listed = [tile_fn(index, config.forward.cluster) for index in choices]
+    listed = [tile_fn(index, config.forward.tokens) for index in choices]
     forward = jax.jit(functools.partial(mosaic_gpu.forward, config.forward, None))
     forward_args = [(q, k, v, lists) for (q, k, v, _), lists in zip(calls, listed, strict=True)]
     entries = listed[0].tiles[..., 0]
     record["union_blocks_per_tile"] = float(entries.mean())
-    mask = listed[0].entries & 0xFFFF
+    mask = listed[0].masks
     record["blocks_per_warpgroup"] = float(((mask & 255) != 0).sum() / entries.size)
     report(record, "forward", median_ms(forward, forward_args))
-    report(record, "tile_lists", median_ms(lambda i: tile_fn(i, config.forward.cluster), [(i,) for i in choices]))
+    report(record, "tile_lists", median_ms(lambda i: tile_fn(i, config.forward.tokens), [(i,) for i in choices]))
     terms = jax.jit(mosaic_gpu_backward.row_terms)
     term_args = []
     for (q, _, _, do), args in zip(calls, forward_args, strict=True):
@@ -246,11 +246,13 @@ def time_pieces(
     report(record, "row_terms", median_ms(terms, term_args))
     rows = [terms(*args) for args in term_args]
     del term_args
-    if config.dq.cluster != config.forward.cluster:
-        listed = [tile_fn(index, config.dq.cluster) for index in choices]
+    if config.dq.tokens != config.forward.tokens:
+        listed = [tile_fn(index, config.dq.tokens) for index in choices]
     dq = jax.jit(functools.partial(mosaic_gpu_backward.query_gradient, config.dq, None))
     report(record, "dq", median_ms(dq, [(*c, *r, t) for c, r, t in zip(calls, rows, listed, strict=True)]))
     blocked = [block_fn(index) for index in choices]
+    gathered = jax.jit(lambda shift, delta, lists: mosaic_gpu_backward.terms_in_lists(shift, delta, lists, queries))
+    report(record, "terms_in_lists", median_ms(gathered, [(*r, t) for r, t in zip(rows, blocked, strict=True)]))
     dkdv = jax.jit(functools.partial(mosaic_gpu_backward.key_gradients, config.dkdv, None))
     report(record, "dkdv", median_ms(dkdv, [(*c, *r, t) for c, r, t in zip(calls, rows, blocked, strict=True)]))
     report(record, "block_lists", median_ms(block_fn, [(i,) for i in choices]))
@@ -264,33 +266,35 @@ def time_pieces(
 
 
 def tune(inputs: list[tuple[jax.Array, ...]], choices: list[jax.Array], record: dict[str, Any]) -> None:
-    """Times each kernel under several configurations."""
-    base = gpu_config.heuristic(inputs[0][0].shape[1], HEADS, SIZE)
+    """Times each kernel under several configurations, and checks those that are not the heuristic's."""
     queries = inputs[0][0].shape[1]
+    base = gpu_config.heuristic(queries, HEADS, SIZE)
     zero, length = jnp.int32(0), jnp.array([queries], jnp.int32)
     q, k, v, do = inputs[0]
     chosen = jax.jit(lambda i: visible_choice(i, length, zero, queries, BLOCK))(choices[0])
-    listed = {c: jax.jit(lambda x, c=c: tile_lists(x, length, zero, queries, BLOCK, c))(chosen) for c in (1, 2, 4)}
-    o, lse = jax.jit(functools.partial(mosaic_gpu.forward, base.forward, None))(q, k, v, listed[base.forward.cluster])
+    listed = {c: jax.jit(lambda x, c=c: tile_lists(x, length, zero, queries, BLOCK, 8 * c))(chosen) for c in (2, 3)}
+    o, lse = jax.jit(functools.partial(mosaic_gpu.forward, base.forward, None))(q, k, v, listed[base.forward.consumers])
     rows = mosaic_gpu_backward.row_terms(o, lse, do, jnp.zeros_like(lse))
 
-    pairs = dataclasses.replace(
-        base, forward=dataclasses.replace(base.forward, cluster=2), dq=dataclasses.replace(base.dq, cluster=2)
-    )
-    for part in (base.dkdv.part // 2, base.dkdv.part * 2):
+    tiles = [
+        gpu_config.TileConfig(*x) for x in ((5, 3), (4, 3), (5, 2), (4, 2), (4, 2, True), (5, 2, True), (3, 2, True))
+    ]
+    for config in tiles:
+        fn = jax.jit(functools.partial(mosaic_gpu.forward, config, None))
+        args = (q, k, v, listed[config.consumers])
+        attempt(record, f"forward {config}", lambda: median_ms(fn, [args], 3))  # noqa: B023
+    for config in [gpu_config.TileConfig(*x) for x in ((3, 3), (2, 3), (4, 2), (3, 2))]:
+        fn = jax.jit(functools.partial(mosaic_gpu_backward.query_gradient, config, None))
+        args = (q, k, v, do, *rows, listed[config.consumers])
+        attempt(record, f"dq {config}", lambda: median_ms(fn, [args], 3))  # noqa: B023
+    for part in (base.dkdv.part, base.dkdv.part // 2, base.dkdv.part // 4):
         config = gpu_config.BlockConfig(base.dkdv.stages, part)
         lists = jax.jit(lambda x, part=part: block_lists(x, zero, queries, BLOCK, part))(chosen)
         fn = jax.jit(functools.partial(mosaic_gpu_backward.key_gradients, config, None))
         attempt(record, f"dkdv {config}", lambda: median_ms(fn, [(q, k, v, do, *rows, lists)], 3))  # noqa: B023
-    for config in [gpu_config.TileConfig(s, c) for s, c in ((4, 1), (5, 2), (4, 2), (5, 4), (4, 4))]:
-        fn = jax.jit(functools.partial(mosaic_gpu.forward, config, None))
-        attempt(record, f"forward {config}", lambda: median_ms(fn, [(q, k, v, listed[config.cluster])], 3))  # noqa: B023
-        if config == pairs.forward:
-            attempt(record, "errors of pairs", lambda: check(pairs, inputs[0], choices[0]))
-        if config.stages < 5:
-            fn = jax.jit(functools.partial(mosaic_gpu_backward.query_gradient, config, None))
-            args = (q, k, v, do, *rows, listed[config.cluster])
-            attempt(record, f"dq {config}", lambda: median_ms(fn, [args], 3))  # noqa: B023
+    for forward, dq in ((tiles[0], gpu_config.TileConfig(3, 3)), (tiles[4], base.dq)):
+        config = dataclasses.replace(base, forward=forward, dq=dq)
+        attempt(record, f"errors {forward}", lambda: check(config, inputs[0], choices[0]))  # noqa: B023
 
 
 def small_checks(record: dict[str, Any]) -> bool:
@@ -361,7 +365,7 @@ def try_gradients(
     k, v = (mosaic_gpu.whole_blocks(x, None) for x in (k, v))
     chosen = visible_choice(index, length, zero, queries, BLOCK)
     rows = mosaic_gpu_backward.row_terms(q, jnp.zeros(q.shape[:-1]), do, jnp.zeros(q.shape[:-1]))
-    tiles = tile_lists(chosen, length, zero, queries, BLOCK, config.dq.cluster)
+    tiles = tile_lists(chosen, length, zero, queries, BLOCK, config.dq.tokens)
     blocks = block_lists(chosen, zero, queries, BLOCK, config.dkdv.part)
     forward = functools.partial(mosaic_gpu.forward, config.forward, None)
     dq = functools.partial(mosaic_gpu_backward.query_gradient, config.dq, None)

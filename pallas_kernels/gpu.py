@@ -101,3 +101,27 @@ def add_product(acc: jax.Array, left: jax.Array | Ref, right: Ref, interpret: An
     product = jnp.dot(left[...], right[...], preferred_element_type=jnp.float32)
     plgpu.commit_smem()
     return acc + product
+
+
+def first_product(acc_ref: Ref, interpret: Any) -> jax.Array:
+    """The older one of two products in flight: waits for it and not for the other."""
+    if interpret is None:
+        return plgpu.wgmma_accumulator_load(acc_ref, wait_n=1)
+    return acc_ref[...]
+
+
+def add_two_products(
+    accs: tuple[jax.Array, jax.Array],
+    lefts: tuple[jax.Array, jax.Array],
+    rights: tuple[Ref, Ref],
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Two of `add_product`, in flight together."""
+    if interpret is not None:
+        return tuple(add_product(*x, interpret) for x in zip(accs, lefts, rights, strict=True))
+
+    def accumulate(acc_refs: tuple[Ref, Ref]) -> None:
+        for acc_ref, left, right in zip(acc_refs, lefts, rights, strict=True):
+            plgpu.wgmma(acc_ref, left, right)
+
+    return pl.run_state(accumulate)(tuple(plgpu.ACC.init(acc) for acc in accs))

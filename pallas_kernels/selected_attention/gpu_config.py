@@ -8,11 +8,11 @@ ROWS = 8
 TOKENS = 8
 """Tokens of one warpgroup; with 8 rows each they are one 64-row matrix product."""
 
-CONSUMERS = 2
-"""Warpgroups that compute; a third one fetches."""
+PAIR = 2
+"""Warpgroups that compute dk and dv."""
 
-WIDEST_CLUSTER = 4
-"""Thread blocks that may fetch together."""
+REGISTERS = {2: (232, 40), 3: (160, 32)}
+"""Registers per thread of the warpgroups that compute and of the one that fetches, by how many compute."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,15 +21,22 @@ class TileConfig:
 
     Attributes:
       stages: blocks of K and V in flight.
-      cluster: thread blocks of 16 tokens that fetch each block once, together; 1, 2 or 4.
+      consumers: warpgroups that compute, 8 tokens each; one more fetches.
+      ahead: the logits of a warpgroup's next block are computed during the softmax of this one (forward alone).
     """
 
     stages: int
-    cluster: int = 1
+    consumers: int = 2
+    ahead: bool = False
 
     def __post_init__(self):
-        if self.stages < 2 or self.cluster not in (1, 2, WIDEST_CLUSTER):
-            raise ValueError(f"{self} is no tile configuration, expected stages of at least 2 and cluster 1, 2 or 4")
+        if self.stages < 2 or self.consumers not in REGISTERS:
+            raise ValueError(f"{self} is no tile configuration, expected stages of at least 2 and 2 or 3 consumers")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a tile."""
+        return self.consumers * TOKENS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +52,7 @@ class BlockConfig:
     part: int
 
     def __post_init__(self):
-        if self.stages < 2 or self.stages % CONSUMERS or self.part < 1 or self.part % TOKENS:
+        if self.stages < 2 or self.stages % PAIR or self.part < 1 or self.part % TOKENS:
             raise ValueError(f"{self} is no block configuration, expected even stages and part a multiple of 8")
 
 
@@ -61,8 +68,8 @@ class Config:
         """Bytes of shared memory per kernel, less the lists and barriers (under 4 KiB)."""
         tile = TOKENS * ROWS * head_dim * 2
         return {
-            "forward": (CONSUMERS + 2 * self.forward.stages) * tile,
-            "dq": (2 * CONSUMERS + 2 * self.dq.stages) * tile,
+            "forward": (self.forward.consumers + 2 * self.forward.stages) * tile,
+            "dq": (2 * self.dq.consumers + 2 * self.dq.stages) * tile,
             "dkdv": (2 + 2 * self.dkdv.stages + 2) * tile,
         }
 

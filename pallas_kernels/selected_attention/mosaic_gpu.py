@@ -22,8 +22,8 @@ from pallas_kernels.gpu import HIDDEN, ROW_LAYOUT
 from pallas_kernels.selected_attention import gpu_config
 from pallas_kernels.selected_attention import gpu_tiles as tiling
 from pallas_kernels.selected_attention import mosaic_gpu_backward as backward
-from pallas_kernels.selected_attention.gpu_config import CONSUMERS, ROWS, TOKENS
-from pallas_kernels.selected_attention.gpu_lists import TILE, TileLists, block_lists, tile_lists, visible_choice
+from pallas_kernels.selected_attention.gpu_config import ROWS, TOKENS
+from pallas_kernels.selected_attention.gpu_lists import TileLists, block_lists, tile_lists, visible_choice
 from pallas_kernels.selected_attention.gpu_tiles import BLOCK
 
 SAVED = ("selected_output", "selected_lse")
@@ -112,11 +112,11 @@ def _attend_forward(
     length: jax.Array,
     q_offset: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
-    lists = tile_lists(chosen, length, q_offset, k.shape[1], BLOCK, config.forward.cluster)
+    lists = tile_lists(chosen, length, q_offset, k.shape[1], BLOCK, config.forward.tokens)
     results = forward(config.forward, interpret, q, k, v, lists)
     o, lse = (checkpoint_name(x, name) for x, name in zip(results, SAVED, strict=True))
-    if config.dq.cluster != config.forward.cluster:
-        lists = tile_lists(chosen, length, q_offset, k.shape[1], BLOCK, config.dq.cluster)
+    if config.dq.tokens != config.forward.tokens:
+        lists = tile_lists(chosen, length, q_offset, k.shape[1], BLOCK, config.dq.tokens)
     return (o, lse), (q, k, v, chosen, q_offset, lists, o, lse)
 
 
@@ -149,7 +149,7 @@ def forward(
     """Runs the forward kernel.
 
     Args:
-      config: stages and cluster; `lists` must be built for that cluster.
+      config: how the kernel runs; `lists` must be built for its tokens.
       interpret: parameters of Pallas's GPU interpreter; None compiles.
       q: queries.
       k: keys in whole blocks.
@@ -160,61 +160,108 @@ def forward(
       Output and log-sum-exp.
     """
     batch, queries, heads, group, size = q.shape
-    rows, tiles, pieces, width = lists.entries.shape
+    rows, tiles, pieces, width = lists.blocks.shape
+    consumers, stages = config.consumers, config.stages
     scale = size**-0.5 * gpu.LOG2_E
 
-    def body(q_ref, k_ref, v_ref, entries_ref, tiles_ref, o_ref, lse_ref, *scratch):
-        q_smem, k_smem, v_smem, entries_smem, lse_smem, q_ready, list_ready, loaded, consumed = scratch
-        tile = tiling.this_tile(config)
+    def body(q_ref, k_ref, v_ref, blocks_ref, masks_ref, tiles_ref, o_ref, lse_ref, *scratch):
+        q_smem, k_smem, v_smem, blocks_smem, masks_smem, lse_smem, q_ready, list_ready, loaded, consumed = scratch
+        tile = tiling.this_tile()
+        entries = tiling.List(blocks_smem, masks_smem)
         b, n = lax.div(tile.row, heads), lax.rem(tile.row, heads)
         warpgroup = lax.axis_index("warpgroup")
         count, whole, start, last = tile.about(tiles_ref)
 
-        def entry_at(i):
-            return entries_smem[lax.div(i, width), lax.rem(i, width)]
-
-        @pl.when(warpgroup < CONSUMERS)
+        @pl.when(warpgroup < consumers)
         def _():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(gpu_config.REGISTERS[consumers][0], action="increase")
             q_tile = q_smem.at[warpgroup]
             offset = warpgroup * TOKENS
-            first = tile.index * TILE + offset
+            first = tile.index * config.tokens + offset
             tiling.fetch_tokens(q_ref, q_tile, q_ready.at[warpgroup], b, n, first, last)
             plgpu.barrier_wait(list_ready)
             plgpu.barrier_wait(q_ready.at[warpgroup])
 
+            def multiply(i, s_ref):
+                plgpu.wgmma(s_ref, q_tile, k_smem.at[lax.rem(i, stages)].transpose((1, 0)))
+
+            def soften(i, s, top, causal):
+                if causal:
+                    s = jnp.where(tiling.causal_mask(entries.block(i), start + offset), s, -HIDDEN)
+                seen = tiling.chosen_rows(entries.mask(i, warpgroup))
+                new_top = jnp.maximum(top, jnp.where(seen, s.max(axis=1) * scale, EMPTY_LSE))
+                shift = jnp.where(seen, new_top, HIDDEN)
+                p = jnp.exp2(s * scale - lax.broadcast_in_dim(shift, s.shape, [0]))
+                return p, new_top, jnp.exp2(top - new_top)
+
+            def accumulate(i, acc, p, rescale):
+                acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
+                return gpu.add_product(acc, p.astype(v_ref.dtype), v_smem.at[lax.rem(i, stages)], interpret)
+
             def step(i, carry, causal):
-                slot = lax.rem(i, config.stages)
-                entry = entry_at(i)
-                plgpu.barrier_wait(loaded.at[slot])
+                plgpu.barrier_wait(loaded.at[lax.rem(i, stages)])
 
                 def attend(carry):
                     acc, top, total = carry
-
-                    s = gpu.product(q_tile, k_smem.at[slot].transpose((1, 0)), BLOCK)
-                    if causal:
-                        s = jnp.where(tiling.causal_mask(entry, start + offset), s, -HIDDEN)
-                    seen = tiling.chosen_rows(entry, warpgroup)
-                    new_top = jnp.maximum(top, jnp.where(seen, s.max(axis=1) * scale, EMPTY_LSE))
-                    shift = jnp.where(seen, new_top, HIDDEN)
-                    p = jnp.exp2(s * scale - lax.broadcast_in_dim(shift, s.shape, [0]))
-                    rescale = jnp.exp2(top - new_top)
+                    s = gpu.product(q_tile, k_smem.at[lax.rem(i, stages)].transpose((1, 0)), BLOCK)
+                    p, top, rescale = soften(i, s, top, causal)
                     total = total * rescale + p.sum(axis=1)
-                    acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
-                    acc = gpu.add_product(acc, p.astype(v_ref.dtype), v_smem.at[slot], interpret)
-                    return acc, new_top, total
+                    return accumulate(i, acc, p, rescale), top, total
 
-                carry = lax.cond(tiling.chosen_by(entry, warpgroup), attend, lambda carry: carry, carry)
-                plgpu.barrier_arrive(consumed.at[slot])
+                carry = lax.cond(entries.mask(i, warpgroup) != 0, attend, lambda carry: carry, carry)
+                plgpu.barrier_arrive(consumed.at[lax.rem(i, stages)])
                 return carry
+
+            def next_chosen(i):
+                def skip(i):
+                    plgpu.barrier_wait(loaded.at[lax.rem(i, stages)])
+                    plgpu.barrier_arrive(consumed.at[lax.rem(i, stages)])
+                    return i + 1
+
+                def unchosen(i):
+                    return (i < count) & (entries.mask(jnp.minimum(i, count - 1), warpgroup) == 0)
+
+                i = lax.while_loop(unchosen, skip, i)
+
+                @pl.when(i < count)
+                def _():
+                    plgpu.barrier_wait(loaded.at[lax.rem(i, stages)])
+
+                return i
+
+            def step_ahead(carry, causal):
+                i, s, acc, top, total = carry
+                following = next_chosen(i + 1)
+
+                def overlap(s_ref):
+                    # After the last block its own logits stand in: read by nobody.
+                    multiply(jnp.where(following < count, following, i), s_ref)
+                    p, new_top, rescale = soften(i, s, top, causal)
+                    new_total = total * rescale + p.sum(axis=1)
+                    return s_ref[...], p, new_top, rescale, new_total
+
+                s, p, top, rescale, total = pl.run_scoped(overlap, plgpu.ACC(s.shape, jnp.float32))
+                acc = accumulate(i, acc, p, rescale)
+                plgpu.barrier_arrive(consumed.at[lax.rem(i, stages)])
+                return following, s, acc, top, total
 
             carry = (
                 plgpu.layout_cast(jnp.zeros((TOKENS * ROWS, size), jnp.float32), plgpu.Layout.WGMMA),
                 plgpu.layout_cast(jnp.full((TOKENS * ROWS,), EMPTY_LSE, jnp.float32), ROW_LAYOUT),
                 plgpu.layout_cast(jnp.zeros((TOKENS * ROWS,), jnp.float32), ROW_LAYOUT),
             )
-            carry = lax.fori_loop(0, whole, functools.partial(step, causal=False), carry)
-            acc, top, total = lax.fori_loop(whole, count, functools.partial(step, causal=True), carry)
+            if config.ahead:
+                i = next_chosen(0)
+                s = gpu.product(q_tile, k_smem.at[lax.rem(i, stages)].transpose((1, 0)), BLOCK)
+                carry = (i, s, *carry)
+                for end, causal in ((whole, False), (count, True)):
+                    carry = lax.while_loop(
+                        lambda carry, end=end: carry[0] < end, functools.partial(step_ahead, causal=causal), carry
+                    )
+                acc, top, total = carry[2:]
+            else:
+                carry = lax.fori_loop(0, whole, functools.partial(step, causal=False), carry)
+                acc, top, total = lax.fori_loop(whole, count, functools.partial(step, causal=True), carry)
 
             empty = total == 0.0
             divisor = jnp.where(empty, 1.0, total)
@@ -226,33 +273,34 @@ def forward(
             plgpu.copy_smem_to_gmem(lse_tile, lse_ref.at[tile.row, pl.ds(first * ROWS, TOKENS * ROWS)])
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(warpgroup == CONSUMERS)
+        @pl.when(warpgroup == consumers)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
-            plgpu.copy_gmem_to_smem(entries_ref.at[tile.row, tile.index], entries_smem, list_ready)
+            plgpu.set_max_registers(gpu_config.REGISTERS[consumers][1], action="decrease")
+            entries.fetch(tile, blocks_ref, masks_ref, list_ready)
             plgpu.barrier_wait(list_ready)
             tensors = ((k_ref, k_smem), (v_ref, v_smem))
-            tiling.fetch_blocks(config, count, entry_at, tensors, loaded, consumed, b, n)
+            tiling.fetch_blocks(config, count, entries, tensors, loaded, consumed, b, n)
 
     o, lse = plgpu.kernel(
         body,
         out_type=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((rows, tiles * TILE * ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((rows, tiles * config.tokens * ROWS), jnp.float32),
         ),
         scratch_types=(
-            gpu.tile_memory((CONSUMERS, TOKENS * ROWS, size), q.dtype),
-            gpu.tile_memory((config.stages, BLOCK, size), q.dtype),
-            gpu.tile_memory((config.stages, BLOCK, size), q.dtype),
+            gpu.tile_memory((consumers, TOKENS * ROWS, size), q.dtype),
+            gpu.tile_memory((stages, BLOCK, size), q.dtype),
+            gpu.tile_memory((stages, BLOCK, size), q.dtype),
             plgpu.SMEM((pieces, width), jnp.int32),
-            plgpu.SMEM((CONSUMERS, TOKENS * ROWS), jnp.float32),
-            plgpu.Barrier(num_arrivals=TOKENS, num_barriers=CONSUMERS),
-            plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
-            tiling.consumed_barrier(config),
+            plgpu.SMEM((pieces, width), jnp.int32),
+            plgpu.SMEM((consumers, TOKENS * ROWS), jnp.float32),
+            plgpu.Barrier(num_arrivals=TOKENS, num_barriers=consumers),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
         ),
         interpret=interpret,
         **tiling.launch(config, rows, tiles),
-    )(q, k, v, lists.entries, lists.tiles)
-    lse = lse.reshape(batch, heads, tiles * TILE, ROWS)[:, :, :queries, :group]
+    )(q, k, v, lists.blocks, lists.masks, lists.tiles)
+    lse = lse.reshape(batch, heads, tiles * config.tokens, ROWS)[:, :, :queries, :group]
     return o, jnp.swapaxes(lse, 1, 2)
