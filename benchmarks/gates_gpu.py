@@ -1,4 +1,4 @@
-"""Times the passes of the whole NSA over arrays as large as its output, in XLA and in Mosaic GPU, beside their floors.
+"""Times forms of the whole NSA's passes over arrays as large as its output, beside their floors.
 
     python -m benchmarks.gates_gpu --json=OUT.json
 
@@ -20,21 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.selected_gpu import BLOCK, GROUP, HEADS, SIZE, median_ms, poison, relative_error
-from pallas_kernels import gpu_gates
 from pallas_kernels.nsa import block_means
 
 TEMPERATURE = 0.3
 BYTES_PER_MS = 3e9
-
-
-def gates_of(logits: jax.Array) -> jax.Array:
-    """Gates [3, R] of logits [B, T, N, G, 3]."""
-    return jax.nn.sigmoid(jnp.moveaxis(logits, -1, 0).reshape(3, -1) / TEMPERATURE)
-
-
-def in_rows(x: jax.Array) -> jax.Array:
-    """[R, D] of [B, T, N, G, D]."""
-    return x.reshape(-1, x.shape[-1])
 
 
 def sum_in_one_fusion(logits: jax.Array, *outputs: jax.Array) -> jax.Array:
@@ -56,11 +45,6 @@ def sum_of_gates_by_branch(logits: jax.Array, *outputs: jax.Array) -> jax.Array:
     return total.astype(outputs[0].dtype)
 
 
-def sum_by_kernel(logits: jax.Array, *outputs: jax.Array) -> jax.Array:
-    """The Mosaic GPU kernel."""
-    return gpu_gates.gated_sum(gates_of(logits), tuple(map(in_rows, outputs))).reshape(outputs[0].shape)
-
-
 def products_by_xla(do: jax.Array, *outputs: jax.Array) -> jax.Array:
     """Row products [3, R]."""
     do = do.astype(jnp.float32)
@@ -71,11 +55,6 @@ def products_apart(do: jax.Array, *outputs: jax.Array) -> tuple[jax.Array, ...]:
     """Row products as three arrays."""
     do = do.astype(jnp.float32)
     return tuple(jnp.sum(do * o.astype(jnp.float32), axis=-1) for o in outputs)
-
-
-def products_by_kernel(do: jax.Array, *outputs: jax.Array) -> jax.Array:
-    """The Mosaic GPU kernel."""
-    return gpu_gates.row_products(in_rows(do), tuple(map(in_rows, outputs)))
 
 
 def terms(products: jax.Array, logits: jax.Array, *lses: jax.Array) -> tuple[jax.Array, ...]:
@@ -155,11 +134,11 @@ def measure(queries: int, record: dict[str, Any]) -> None:
     branches = [(*g, *x[:3]) for g, x in zip(logits, big, strict=True)]
     forms: dict[str, tuple[list[Callable[..., Any]], list[tuple[Any, ...]], float]] = {
         "gated_sum": (
-            [sum_in_one_fusion, sum_of_gates_apart, sum_of_gates_by_branch, sum_by_kernel],
+            [sum_in_one_fusion, sum_of_gates_apart, sum_of_gates_by_branch],
             branches,
             4 * size + logits[0][0].nbytes,
         ),
-        "row_products": ([products_by_xla, products_apart, products_by_kernel], big, 4 * size),
+        "row_products": ([products_by_xla, products_apart], big, 4 * size),
         "terms": (
             [terms],
             [(*p, *g, *e) for p, g, e in zip(products, logits, lses, strict=True)],

@@ -62,7 +62,7 @@ def selected_attention(
       NotImplementedError: a dtype, head size, group or block size that the kernels do not cover.
     """
     q, k, v, block_indices = (jnp.asarray(x) for x in (q, k, v, block_indices))
-    _check_covered(q, k, block_size)
+    check_covered(q, k, block_size)
     if 0 in (*q.shape, *k.shape, block_indices.shape[3]):
         return jnp.zeros(q.shape, q.dtype), jnp.full(q.shape[:-1], EMPTY_LSE, jnp.float32)
     length = resolve_lengths(lengths, q.shape[0], k.shape[1])
@@ -80,7 +80,8 @@ def whole_blocks(x: Float[jax.Array, "B S N D"], length: Int[jax.Array, "B"] | N
     return jnp.pad(x, [(0, 0), (0, block_total(keys, BLOCK) * BLOCK - keys), (0, 0), (0, 0)])
 
 
-def _check_covered(q: jax.Array, k: jax.Array, block_size: int) -> None:
+def check_covered(q: jax.Array, k: jax.Array, block_size: int) -> None:
+    """Raises NotImplementedError for a dtype, head size, group, block size or number of keys that is not covered."""
     gpu.check_covered(q.dtype, *q.shape[3:])
     if block_size != BLOCK:
         raise NotImplementedError(f"the Mosaic GPU kernel takes block_size {BLOCK}, not {block_size}")
@@ -112,12 +113,10 @@ def _attend_forward(
     length: jax.Array,
     q_offset: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
-    lists = tile_lists(chosen, length, q_offset, k.shape[1], BLOCK, config.forward.tokens)
-    results = forward(config.forward, interpret, q, k, v, lists)
+    forward_lists, dq_lists = work_lists(config, chosen, length, q_offset, k.shape[1])
+    results = forward(config.forward, interpret, q, k, v, forward_lists)
     o, lse = (checkpoint_name(x, name) for x, name in zip(results, SAVED, strict=True))
-    if config.dq.tokens != config.forward.tokens:
-        lists = tile_lists(chosen, length, q_offset, k.shape[1], BLOCK, config.dq.tokens)
-    return (o, lse), (q, k, v, chosen, q_offset, lists, o, lse)
+    return (o, lse), (q, k, v, chosen, q_offset, dq_lists, o, lse)
 
 
 def _attend_backward(
@@ -128,14 +127,62 @@ def _attend_backward(
 ) -> tuple[jax.Array | None, ...]:
     q, k, v, chosen, q_offset, lists, o, lse = saved
     do, dlse = cotangents
-    shift, delta = backward.row_terms(o, lse, do, dlse)
-    dq = backward.query_gradient(config.dq, interpret, q, k, v, do, shift, delta, lists)
-    queries_of = block_lists(chosen, q_offset, k.shape[1], BLOCK, config.dkdv.part)
-    dk, dv = backward.key_gradients(config.dkdv, interpret, q, k, v, do, shift, delta, queries_of)
-    return dq, dk, dv, None, None, None
+    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
+    gradients = backward_from(config, interpret, q, k, v, do, lse, delta, chosen, q_offset, lists)
+    return *gradients, None, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def work_lists(
+    config: gpu_config.Config,
+    chosen: Int[jax.Array, "B N T n"],
+    length: Int[jax.Array, "B"],
+    q_offset: Scalar,
+    keys: int,
+) -> tuple[TileLists, TileLists]:
+    """The lists of the forward kernel and of dq's, from `gpu_lists.visible_choice`."""
+    lists = {
+        tokens: tile_lists(chosen, length, q_offset, keys, BLOCK, tokens)
+        for tokens in {config.forward.tokens, config.dq.tokens}
+    }
+    return lists[config.forward.tokens], lists[config.dq.tokens]
+
+
+def backward_from(
+    config: gpu_config.Config,
+    interpret: Any,
+    q: Float[jax.Array, "B T N G D"],
+    k: Float[jax.Array, "B S N D"],
+    v: Float[jax.Array, "B S N D"],
+    do: Float[jax.Array, "B T N G D"],
+    lse: Float32[jax.Array, "B T N G"],
+    delta: Float32[jax.Array, "B T N G"],
+    chosen: Int[jax.Array, "B N T n"],
+    q_offset: Scalar,
+    lists: TileLists,
+) -> tuple[Float[jax.Array, "B T N G D"], Float[jax.Array, "B S N D"], Float[jax.Array, "B S N D"]]:
+    """dq, dk and dv with p = exp(logits - lse) and ds = p (do v^T - delta).
+
+    Args:
+      config: tile configurations.
+      interpret: parameters of Pallas's GPU interpreter; None compiles.
+      q: queries.
+      k: keys in whole blocks.
+      v: values, likewise.
+      do: cotangent of the output.
+      lse: log-sum-exps.
+      delta: sums of do x output, less the cotangent of the log-sum-exp.
+      chosen: from `gpu_lists.visible_choice`.
+      q_offset: absolute index of the first query.
+      lists: of dq's kernel, from `work_lists`.
+    """
+    shift, delta = backward.terms_in_rows(lse, delta)
+    dq = backward.query_gradient(config.dq, interpret, q, k, v, do, shift, delta, lists)
+    queries_of = block_lists(chosen, q_offset, k.shape[1], BLOCK, config.dkdv.part)
+    dk, dv = backward.key_gradients(config.dkdv, interpret, q, k, v, do, shift, delta, queries_of)
+    return dq, dk, dv
 
 
 def forward(

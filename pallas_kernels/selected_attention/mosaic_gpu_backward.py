@@ -33,13 +33,20 @@ def row_terms(
     do: Float[jax.Array, "B T N G D"],
     dlse: Float32[jax.Array, "B T N G"],
 ) -> tuple[Float32[jax.Array, "R P"], Float32[jax.Array, "R P"]]:
+    """`terms_in_rows` of an output's own log-sum-exp and its delta."""
+    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
+    return terms_in_rows(lse, delta)
+
+
+def terms_in_rows(
+    lse: Float32[jax.Array, "B T N G"], delta: Float32[jax.Array, "B T N G"]
+) -> tuple[Float32[jax.Array, "R P"], Float32[jax.Array, "R P"]]:
     """What each row of a tile subtracts: the base-2 log-sum-exp of its exponents and delta of its dP.
 
     Both are laid out as 8 rows per token; rows of no query have HIDDEN and 0.
     """
     batch, queries, heads, group = lse.shape
     empty = lse == EMPTY_LSE
-    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
     past = padded_tokens(queries) - queries
 
     def in_rows(x: jax.Array, fill: float) -> jax.Array:
