@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Float, Float32, Int32
 
 from pallas_kernels import gpu
-from pallas_kernels.block_selection.gpu_config import COLUMNS, Config
+from pallas_kernels.block_selection.gpu_config import Config
 from pallas_kernels.gpu import ROW_LAYOUT, TILE_ROWS
 
 _REGISTERS = {2: (232, 40), 3: (160, 32)}
@@ -30,7 +30,7 @@ def importance(
     """Sums exp(logit - lse) over the heads of each group.
 
     A thread block keeps the queries of 64 tokens and all heads of one KV head in shared memory and walks over the block
-    means, tiles of 128, up to the last block that a token of its may choose. Its warpgroups take turns at the tiles.
+    means, a tile at a time, up to its tokens' last candidate. Its warpgroups take turns at the tiles.
 
     Args:
       config: stages and warpgroups.
@@ -47,7 +47,8 @@ def importance(
       Importances, a row per batch row and KV head (R = B x N). Tiles past the last candidate are not written.
     """
     batch, _, heads, group, size = q.shape
-    key_tiles = -(-k_blocks.shape[1] // COLUMNS)
+    width = config.columns
+    key_tiles = -(-k_blocks.shape[1] // width)
     consumers, stages = config.consumers, config.stages
     scale = size**-0.5 * gpu.LOG2_E
 
@@ -57,7 +58,7 @@ def importance(
         warpgroup = lax.axis_index("warpgroup")
         index = lax.div(start_ref[0], TILE_ROWS) + tile
         tokens = pl.ds(pl.multiple_of(index * TILE_ROWS, TILE_ROWS), TILE_ROWS)
-        count = jnp.minimum(lax.div(last_ref[b, index] + COLUMNS, COLUMNS), key_tiles)
+        count = jnp.minimum(lax.div(last_ref[b, index] + width, width), key_tiles)
 
         @pl.when((warpgroup < consumers) & (count > 0))
         def _():
@@ -70,13 +71,13 @@ def importance(
                 j = i * consumers + warpgroup
                 slot = lax.rem(j, stages)
                 plgpu.barrier_wait(loaded.at[slot])
-                total = plgpu.layout_cast(jnp.zeros((TILE_ROWS, COLUMNS), jnp.float32), plgpu.Layout.WGMMA)
+                total = plgpu.layout_cast(jnp.zeros((TILE_ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
                 for g, shift in enumerate(shifts):
-                    s = gpu.product(q_smem.at[g], k_smem.at[slot].transpose((1, 0)), COLUMNS)
+                    s = gpu.product(q_smem.at[g], k_smem.at[slot].transpose((1, 0)), width)
                     if g == group - 1:
                         plgpu.barrier_arrive(consumed.at[slot])
                     total += jnp.exp2(s * scale - lax.broadcast_in_dim(shift, s.shape, [0]))
-                place = (pl.ds(tile * TILE_ROWS, TILE_ROWS), pl.ds(pl.multiple_of(j * COLUMNS, COLUMNS), COLUMNS))
+                place = (pl.ds(tile * TILE_ROWS, TILE_ROWS), pl.ds(pl.multiple_of(j * width, width), width))
                 scores_ref.at[row][place] = total
 
         @pl.when((warpgroup == consumers) & (count > 0))
@@ -93,7 +94,7 @@ def importance(
                 def _():
                     plgpu.barrier_wait(consumed.at[slot])
 
-                means = pl.ds(pl.multiple_of(j * COLUMNS, COLUMNS), COLUMNS)
+                means = pl.ds(pl.multiple_of(j * width, width), width)
                 plgpu.copy_gmem_to_smem(k_ref.at[b, means, n], k_smem.at[slot], loaded.at[slot])
 
             @pl.loop(jnp.maximum(count - stages, 0), count)
@@ -105,7 +106,7 @@ def importance(
         out_type=jax.ShapeDtypeStruct((batch * heads, queries, columns), jnp.float32),
         scratch_types=(
             gpu.tile_memory((group, TILE_ROWS, size), q.dtype),
-            gpu.tile_memory((stages, COLUMNS, size), q.dtype),
+            gpu.tile_memory((stages, width, size), q.dtype),
             plgpu.Barrier(num_arrivals=group),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),

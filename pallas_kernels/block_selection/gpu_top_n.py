@@ -16,15 +16,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float32, Int32
 
-from pallas_kernels.block_selection.gpu_config import LANES, rows_per_warp
+from pallas_kernels.block_selection.gpu_config import LANES, Config
 from pallas_kernels.gpu import TILE_ROWS, WARPS
 
 _FORCED = 0x7F000000  # bits of a float beyond every importance
 _NO_CANDIDATE = -1
 _OCTAVE = 1 << 23  # a factor of two, in a float's bits
-
-VARIANTS = 4
-"""Lengths of rows that the kernel is compiled for."""
 
 _SCORES = plgpu.Layout.TILED(plgpu.Tiling(((WARPS, 1, LANES), (1,))), warp_dims=(-4,), lane_dims=(-2,), vector_dim=-1)
 """[rows, words, 32]: a row belongs to one warp, a block of each of its words to one thread."""
@@ -33,12 +30,8 @@ _ROWS = _SCORES.reduce((1, 2))
 """[rows]: one value per row."""
 
 
-def widths(words: int) -> tuple[int, ...]:
-    """Words that the kernel's variants read: a query's row is as long as its past."""
-    return tuple(sorted({max(2, -(-words * part // VARIANTS)) for part in range(1, VARIANTS + 1)}))
-
-
 def choose(
+    config: Config,
     interpret: Any,
     scores: Float32[jax.Array, "R C columns"],
     words: int,
@@ -53,6 +46,7 @@ def choose(
     """Takes the forced blocks and the most important others of each query.
 
     Args:
+      config: rows per warp and variants.
       interpret: parameters of Pallas's GPU interpreter; None compiles.
       scores: importances of this chunk's queries; columns past a query's candidates are ignored.
       words: words per row of the result (W); 32 x W columns at most are read.
@@ -69,7 +63,7 @@ def choose(
     rows, queries, columns = scores.shape
     batch = current.shape[0]
     heads = rows // batch
-    tokens = WARPS * rows_per_warp(words)
+    tokens = WARPS * config.rows_per_warp(words)
     choose_row = functools.partial(_chosen, block_count, init_blocks, local_blocks)
 
     def body(scores_ref, current_ref, last_ref, start_ref, words_ref):
@@ -91,7 +85,7 @@ def choose(
 
             return run
 
-        variants = widths(words)
+        variants = config.widths(words)
         if len(variants) == 1:
             variant(words)()
         else:

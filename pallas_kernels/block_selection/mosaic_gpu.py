@@ -111,6 +111,7 @@ def block_words(
     def choose_chunk(start: jax.Array) -> jax.Array:
         scores = importance(config, interpret, q, k_blocks, shift, last, start, chunk, columns)
         return choose(
+            config,
             interpret,
             scores,
             words,
