@@ -3,14 +3,15 @@
 import jax
 from jaxtyping import Float, Float32, Int, Int32
 
-from pallas_kernels import registry, validation
-from pallas_kernels.block_selection import mosaic_tpu, reference, xla
+from pallas_kernels import gpu, registry, validation
+from pallas_kernels.block_selection import mosaic_gpu, mosaic_tpu, reference, xla
 from pallas_kernels.common import ArrayLike, Scalar
 
 registry.register(
     "block_selection",
     reference=reference.block_selection,
     xla=xla.block_selection,
+    mosaic_gpu=gpu.on_hopper(mosaic_gpu.block_selection),
     mosaic_tpu=mosaic_tpu.block_selection,
 )
 

@@ -1,0 +1,395 @@
+"""Times block selection on Hopper beside XLA's top_k and its own floors, after checking it.
+
+    python -m benchmarks.choose_gpu --checks --json=CHECKS.json
+    python -m benchmarks.choose_gpu --lengths 65536 131072 --tune=65536 --json=TIMES.json
+
+Shapes are VideoNSA-7B's (28 query heads over 4 KV heads of 128, blocks of 64, 32 places, bfloat16, batch 1). Three
+kinds of block means: `flat`, means of 64 normal keys (all blocks nearly alike); `normal`; `sharp`, normal times 3.
+A choice is checked by importances in float32, not by indices: no block left out may have more than the least of those
+taken, within 1e-4. A step that fails is reported and the next one runs; a step that stands still ends the program.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.selected_gpu import BLOCK, GROUP, HEADS, PLACES, SIZE, attempt, median_ms, poison, report, watch
+from pallas_kernels import block_words
+from pallas_kernels.block_selection import gpu_config, gpu_top_n, mosaic_gpu
+from pallas_kernels.block_selection.gpu_importance import importance
+from pallas_kernels.common import EMPTY_LSE, query_indices
+
+SPREADS = {"flat": 0.125, "normal": 1.0, "sharp": 3.0}
+LENGTHS = (65536, 131072, 8192, 16384 + 37, 32768)
+
+_began = time.monotonic()
+
+
+def draw(
+    queries: int,
+    seed: int,
+    spread: float,
+    heads: int = HEADS,
+    group: int = GROUP,
+    size: int = SIZE,
+    offset: int = 0,
+    dtype: Any = jnp.bfloat16,
+    batch: int = 1,
+) -> tuple[jax.Array, ...]:
+    """Queries, block means and the compression branch's log-sum-exp."""
+    key_q, key_k = jax.random.split(jax.random.key(seed))
+    q = jax.random.normal(key_q, (batch, queries, heads, group, size), dtype)
+    means = spread * jax.random.normal(key_k, (batch, (queries + offset) // BLOCK, heads, size), jnp.float32)
+    means = means.astype(dtype)
+    step = 1024
+    chunks = -(-queries // step)
+    padded = jnp.pad(q, [(0, 0), (0, chunks * step - queries), (0, 0), (0, 0), (0, 0)])
+
+    @jax.jit
+    def normalizer(q: jax.Array, means: jax.Array) -> jax.Array:
+        def one(chunk: Any) -> jax.Array:
+            rows, start = chunk
+            logits = _logits(rows, means)
+            t = query_indices(step, start + offset)
+            seen = (jnp.arange(means.shape[1]) + 1) * BLOCK - 1 <= t[:, None]
+            lse = jax.nn.logsumexp(jnp.where(seen[:, None, None], logits, -jnp.inf), axis=-1)
+            return jnp.where(seen.any(-1)[:, None, None], lse, EMPTY_LSE)
+
+        rows = jnp.moveaxis(q.reshape(batch, chunks, step, *q.shape[2:]), 1, 0)
+        lse = jax.lax.map(one, (rows, jnp.arange(chunks) * step))
+        return jnp.moveaxis(lse, 0, 1).reshape(batch, chunks * step, heads, group)
+
+    return q, means, normalizer(padded, means)[:, :queries]
+
+
+def _logits(q: jax.Array, means: jax.Array) -> jax.Array:
+    dot = functools.partial(jnp.einsum, "btngd,bmnd->btngm", preferred_element_type=jnp.float32)
+    return dot(q, means) * q.shape[-1] ** -0.5
+
+
+@jax.jit
+def exact_importance(q: jax.Array, means: jax.Array, lse: jax.Array) -> jax.Array:
+    """In float32 with TF32 off: [B, T, N, M]."""
+    with jax.default_matmul_precision("highest"):
+        logits = _logits(q.astype(jnp.float32), means.astype(jnp.float32))
+        return jnp.exp(logits - lse[..., None]).sum(axis=3)
+
+
+@functools.partial(jax.jit, static_argnames=("places", "init", "local"))
+def wrong_choices(
+    chosen: jax.Array, exact: jax.Array, t: jax.Array, valid: jax.Array, places: int, init: int, local: int
+) -> dict[str, jax.Array]:
+    """What is wrong with chosen indices [B, T, N, n]: numbers of queries, and the worst excess of a block left out."""
+    columns = exact.shape[-1] + 1
+    j = jnp.arange(columns)
+    current = (t // BLOCK)[:, None, None]
+    candidate = (j <= current) & valid[..., None, None]
+    forced = candidate & ((j < init) | (j > current - local))
+    taken = (chosen[..., None] == j).any(axis=-2)
+    count = jnp.minimum(candidate.sum(-1), places)
+    free = jnp.pad(exact, [(0, 0), (0, 0), (0, 0), (0, 1)])
+    least = jnp.where(taken & ~forced, free, jnp.inf).min(-1)
+    most = jnp.where(candidate & ~taken, free, -jnp.inf).max(-1)
+    there = chosen >= 0
+    ascending = (chosen[..., 1:] > chosen[..., :-1]) | ~there[..., 1:]
+    return {
+        "count": ((there.sum(-1) != count) | (taken.sum(-1) != count)).sum(),
+        "not ascending": (~ascending.all(-1)).sum(),
+        "forced left out": (forced & ~taken).any(-1).sum(),
+        "no candidate taken": (taken & ~candidate).any(-1).sum(),
+        "excess": jnp.max(jnp.where(jnp.isfinite(most) & jnp.isfinite(least), most / least - 1, -1.0)),
+    }
+
+
+def check_choice(
+    chosen: jax.Array,
+    inputs: tuple[jax.Array, ...],
+    offset: int = 0,
+    lengths: jax.Array | None = None,
+    places: int = PLACES,
+    init: int = 0,
+    local: int = 1,
+) -> dict[str, float | bool]:
+    """Checks a few hundred queries, at the beginning, the middle and the end."""
+    q, means, lse = inputs
+    queries = q.shape[1]
+    worst: dict[str, float] = {}
+    for start in sorted({0, min(2000, queries // 3), queries // 2 + 5, max(0, queries - 96)}):
+        rows = slice(start, min(queries, start + 96))
+        t = query_indices(rows.stop - start, start + offset)
+        valid = jnp.ones((q.shape[0], t.size), bool) if lengths is None else t < lengths[:, None]
+        exact = exact_importance(q[:, rows], means, lse[:, rows])
+        for name, value in wrong_choices(chosen[:, rows], exact, t, valid, places, init, local).items():
+            worst[name] = max(worst.get(name, -1.0), float(value))
+    excess = worst.pop("excess")
+    return {"fine": excess < 1e-4 and not any(worst.values()), "excess": excess} | worst
+
+
+def check_small() -> dict[str, Any]:
+    """7B heads, ragged T."""
+    inputs = draw(2048 + 21, 3, 1.0)
+    chosen = jax.jit(functools.partial(select, places=8))(*inputs)
+    return check_choice(chosen, inputs, places=8)
+
+
+def check_other_shape() -> dict[str, Any]:
+    """Two batch rows, four query heads of 64, float16, later queries, ragged with NaN, more blocks forced."""
+    offset, lengths = 1000, jnp.array([1900, 1655], jnp.int32)
+    q, means, lse = draw(900, 4, 1.0, 2, 4, 64, offset, jnp.float16, 2)
+    past = (offset + jnp.arange(900) >= lengths[:, None])[..., None, None]
+    poisoned = jnp.where(past[..., None], jnp.nan, q), means, jnp.where(past, jnp.nan, lse)
+    options = {"places": 7, "init": 1, "local": 2}
+    chosen = jax.jit(functools.partial(select, **options))(*poisoned, offset=offset, lengths=lengths)
+    return check_choice(chosen, (q, means, lse), offset, lengths, **options) | {
+        "none past": bool((jnp.where(past, chosen, -1) == -1).all())
+    }
+
+
+def check_ties() -> dict[str, Any]:
+    """All importances alike, and all underflown: the lowest indices."""
+    seen = {}
+    for name, shift in (("equal", 0.0), ("zero", 300.0)):
+        q = jnp.zeros((1, 4096, HEADS, GROUP, SIZE), jnp.bfloat16)
+        chosen = jax.jit(functools.partial(select, places=8))(
+            q, q[:, ::BLOCK, :, 0], jnp.full(q.shape[:-1], shift, jnp.float32)
+        )
+        current = (jnp.arange(4096) // BLOCK)[None, :, None, None]
+        place = jnp.arange(8)
+        expected = jnp.where(
+            place < jnp.minimum(current, 7), place, jnp.where(place == jnp.minimum(current, 7), current, -1)
+        )
+        seen[name] = bool((chosen == expected).all())
+    return seen
+
+
+def check_scores(queries: int) -> dict[str, float]:
+    """Relative error of the importances themselves."""
+    q, means, lse = draw(queries, 5, 1.0)
+    poison(jax.ShapeDtypeStruct((HEADS, queries, 128), jnp.float32))
+    scores = score(gpu_config.heuristic(SIZE), queries)(*prepare(q, means, lse), jnp.zeros(1, jnp.int32))
+    exact = jnp.swapaxes(exact_importance(q, means, lse)[0], 0, 1)
+    seen = jnp.arange(means.shape[1]) < (jnp.arange(queries) // BLOCK)[:, None]
+    error = jnp.abs(scores[:, :, : means.shape[1]] / exact - 1)
+    return {"worst relative": float(jnp.where(seen, error, 0).max())}
+
+
+def select(
+    q: jax.Array,
+    means: jax.Array,
+    lse: jax.Array,
+    offset: Any = 0,
+    lengths: jax.Array | None = None,
+    places: int = PLACES,
+    init: int = 0,
+    local: int = 1,
+    config: gpu_config.Config | None = None,
+    words: bool = False,
+) -> jax.Array:
+    """The whole operation, or its words."""
+    return (mosaic_gpu.block_words if words else mosaic_gpu.block_selection)(
+        q,
+        means,
+        lse,
+        block_size=BLOCK,
+        block_count=places,
+        init_blocks=init,
+        local_blocks=local,
+        q_offset=offset,
+        lengths=lengths,
+        config=config,
+    )
+
+
+@jax.jit
+def prepare(q: jax.Array, means: jax.Array, lse: jax.Array) -> tuple[jax.Array, ...]:
+    """What the importance kernel takes, for whole tiles of queries and B = 1."""
+    shift = jnp.transpose(lse, (0, 2, 3, 1)) * jnp.float32(mosaic_gpu.gpu.LOG2_E)
+    last = jnp.arange(q.shape[1] // 64, dtype=jnp.int32)[None]
+    return q, means, shift, last
+
+
+def score(config: gpu_config.Config, chunk: int) -> Any:
+    """The importance kernel over one chunk."""
+
+    def run(q: jax.Array, means: jax.Array, shift: jax.Array, last: jax.Array, start: jax.Array) -> jax.Array:
+        columns = -(-(means.shape[1] + 1) // 128) * 128
+        return importance(config, None, q, means, shift, last, start, chunk, columns)
+
+    return jax.jit(run)
+
+
+def count_floors(queries: int) -> dict[str, float]:
+    """Floors in ms (798 TFLOP/s, 3.0 TB/s, 3.9 T exp2/s, 14 T int32 operations/s), half of the blocks being past."""
+    pairs = HEADS * queries * (queries // BLOCK) / 2
+    return {
+        "importance matmul": 2 * pairs * GROUP * SIZE / 798e9,
+        "importance exp2": pairs * GROUP / 3.9e9,
+        "scores once through memory": 4 * pairs / 3e9,
+        "top n, 10 passes of 2 operations": 20 * pairs / 14e9,
+    }
+
+
+Case = tuple[str, Callable[..., Any], list[tuple[Any, ...]]]
+
+
+def time_all(cases: list[Case], record: dict[str, Any], save: Callable[[], None]) -> None:
+    """Compiles the cases side by side, then times them one by one."""
+
+    def first_call(case: Case) -> None:
+        try:
+            jax.block_until_ready(case[1](*case[2][0]))
+        except Exception:
+            traceback.print_exc(limit=2)
+
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        list(pool.map(first_call, cases))
+    report(record, "seconds at first calls", time.monotonic() - _began)
+    for name, fn, inputs in cases:
+        attempt(record, name, lambda: median_ms(fn, inputs, 3))  # noqa: B023
+        save()
+
+
+def time_whole(queries: int, record: dict[str, Any], tune: bool, save: Callable[[], None]) -> None:
+    """Checks and times the whole operation."""
+    report(record, "floors", count_floors(queries))
+    inputs = [draw(queries, seed, SPREADS["normal"]) for seed in range(2)]
+    other = {name: draw(queries, 7, SPREADS[name]) for name in ("flat", "sharp")}
+    whole = jax.jit(select)
+    words_of_inputs = jax.jit(functools.partial(select, words=True))
+    cases: list[Case] = [("whole", whole, inputs), ("words", words_of_inputs, inputs)]
+    if tune:
+        stages = gpu_config.heuristic(SIZE).stages
+        for size in (1 << 27, 1 << 29):
+            config = gpu_config.Config(stages, score_bytes=size)
+            fn = jax.jit(functools.partial(select, words=True, config=config))
+            cases.append((f"words, chunks of {size >> 20} MiB", fn, inputs))
+    cases += [(f"whole, {name}", whole, [x]) for name, x in other.items()]
+    time_all(cases, record, save)
+    same = jax.jit(lambda a, b: (a == b).all())
+    attempt(record, "same bits", lambda: bool(same(whole(*inputs[0]), whole(*inputs[0]))))
+    for name, x in {"normal": inputs[0], **other}.items():
+        attempt(record, f"check, {name}", lambda: check_choice(whole(*x), x))  # noqa: B023
+    stats = jax.devices()[0].memory_stats() or {}
+    report(record, "peak GiB of the process", stats.get("peak_bytes_in_use", 0) / 2**30)
+
+
+def time_pieces(queries: int, record: dict[str, Any], save: Callable[[], None]) -> None:
+    """Times each kernel under several configurations over the last chunk, whose rows are the longest."""
+    config = gpu_config.heuristic(SIZE)
+    inputs = [draw(queries, seed, SPREADS["normal"]) for seed in range(2)]
+    blocks = queries // BLOCK
+    chunk = config.chunk(queries, HEADS, blocks + 128)
+    start = jnp.array([queries - chunk], jnp.int32)
+    report(record, "chunk", chunk)
+    args = [(*prepare(*x), start) for x in inputs]
+    cases: list[Case] = []
+    for stages, columns, consumers in ((3, 128, 2), (2, 128, 2), (6, 64, 2), (6, 64, 3), (3, 128, 3)):
+        fn = score(gpu_config.Config(stages, columns, consumers), chunk)
+        cases.append((f"importance, last chunk, {stages} stages of {columns}, {consumers} consumers", fn, args))
+    scores = [(score(config, chunk)(*x),) for x in args]
+    current = (jnp.arange(queries, dtype=jnp.int32) // BLOCK)[None]
+    last = args[0][3]
+
+    def top(config: gpu_config.Config, places: int, width: int, values: jax.Array) -> jax.Array:
+        width = gpu_config.words_for(width)
+        return gpu_top_n.choose(
+            config, None, values, width, current, last, start, block_count=places, init_blocks=0, local_blocks=1
+        )
+
+    for name, places, width, values, variants in (
+        ("", PLACES, blocks + 1, 80, 4),
+        (", no search", 1 << 20, blocks + 1, 80, 4),
+        (", half the rows per warp", PLACES, blocks + 1, 40, 4),
+        (", twice the rows per warp", PLACES, blocks + 1, 160, 4),
+        (", whole words", PLACES, blocks, 80, 4),
+        (", eight variants", PLACES, blocks + 1, 80, 8),
+    ):
+        other = dataclasses.replace(config, row_values=values, variants=variants)
+        cases.append((f"top n, last chunk{name}", jax.jit(functools.partial(top, other, places, width)), scores))
+
+    few = [(x[:, : min(chunk, 2048)],) for (x,) in scores]
+    report(record, "queries of top_k", few[0][0].shape[1])
+    best = jax.jit(lambda x: jax.lax.top_k(jnp.where(jnp.isnan(x), -1, x), PLACES, is_stable=False)[1])
+    cases.append(("lax.top_k, unstable", best, few))
+    rows = [(q[:, -1024:], means, lse[:, -1024:]) for q, means, lse in inputs]
+    plain = jax.jit(lambda q, means, lse: jnp.exp(_logits(q, means) - lse[..., None]).sum(axis=3))
+    cases.append(("XLA importance of 1024 queries", plain, rows))
+    words = [(jax.jit(functools.partial(select, words=True))(*x),) for x in inputs]
+    to_indices = jax.jit(lambda w: block_words.indices_of(w, PLACES))
+    cases.append(("indices of words", to_indices, words))
+    cases.append(("indices by counting", jax.jit(indices_by_counting), words))
+    index = [(to_indices(*w),) for w in words]
+    cases.append(("words of indices", jax.jit(lambda i: block_words.words_of(i, blocks + 1)), index))
+    time_all(cases, record, save)
+
+
+def indices_by_counting(words: jax.Array) -> jax.Array:
+    """`block_words.indices_of` with a compare and a sum over all words instead of a bisection."""
+    ends = jnp.cumsum(jax.lax.population_count(words), axis=-1)
+    place = jnp.arange(PLACES, dtype=jnp.int32)
+    index = (ends[..., None, :] <= place[:, None]).sum(axis=-1, dtype=jnp.int32)
+    word = jnp.take_along_axis(words, index, axis=-1, mode="clip")
+    rank = place - jnp.take_along_axis(ends, index, axis=-1, mode="clip") + jax.lax.population_count(word)
+    bit = jnp.zeros_like(index)
+    for half in (16, 8, 4, 2, 1):
+        lower = jax.lax.population_count(word & ((1 << half) - 1))
+        above = rank >= lower
+        rank = jnp.where(above, rank - lower, rank)
+        word = jnp.where(above, jax.lax.shift_right_logical(word, half), word)
+        bit = jnp.where(above, bit + half, bit)
+    return jnp.where(place < ends[..., -1:], index * 32 + bit, -1)
+
+
+def main() -> None:
+    """Checks or times, and writes the JSON after every length."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checks", action="store_true", help="check short inputs and time nothing")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--tune", type=int, help="time each kernel under several configurations at this length")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no length is begun")
+    parser.add_argument("--json", required=True)
+    args = parser.parse_args()
+    watch(45)
+    result: dict[str, Any] = {
+        "command": " ".join(sys.argv),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "shape": {"N": HEADS, "G": GROUP, "D": SIZE, "s": BLOCK, "n": PLACES, "B": 1, "dtype": "bfloat16"},
+    }
+
+    def save() -> None:
+        with open(args.json, "w") as file:
+            json.dump(result, file, indent=1)
+
+    if args.checks:
+        result["checks"] = checks = {}
+        attempt(checks, "scores", lambda: check_scores(2048))
+        save()
+        for name, check in (("small", check_small), ("other shape", check_other_shape), ("ties", check_ties)):
+            attempt(checks, name, check)
+            save()
+        return
+    result["lengths"] = {}
+    for queries in args.lengths:
+        if time.monotonic() - _began > args.budget:
+            break
+        print(f"T = {queries}", flush=True)
+        result["lengths"][queries] = record = {}
+        attempt(record, "all", lambda: time_whole(queries, record, queries == args.tune, save))  # noqa: B023
+        if queries == args.tune:
+            attempt(record, "pieces", lambda: time_pieces(queries, record, save))  # noqa: B023
+        save()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Tile configurations of the Hopper kernels of block selection."""
+
+import dataclasses
+
+from pallas_kernels.gpu import TILE_ROWS, WARPS
+
+COLUMNS = 128
+"""Scores per row come in whole tiles of so many, the widest that the importance kernel has."""
+
+LANES = 32
+"""Threads of a warp: the blocks of one word, and one thread's share of a row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How block selection runs.
+
+    Attributes:
+      stages: tiles of block means in flight.
+      columns: block means per tile; 64 or 128.
+      consumers: warpgroups that compute importances; 2 or 3.
+      row_values: scores that a thread of the choosing kernel keeps in registers.
+      variants: lengths of rows that the choosing kernel is compiled for: a query's row is as long as its past.
+      score_bytes: most device memory for the scores of one chunk of queries.
+    """
+
+    stages: int
+    columns: int = COLUMNS
+    consumers: int = 2
+    row_values: int = 80
+    variants: int = 4
+    score_bytes: int = 1 << 28
+
+    def __post_init__(self):
+        if self.stages < 2 or self.columns not in (64, COLUMNS) or self.consumers not in (2, 3):
+            raise ValueError(
+                f"{self} is no configuration, expected stages of at least 2, columns 64 or 128 and 2 or 3 consumers"
+            )
+
+    def shared_memory(self, group: int, head_dim: int) -> int:
+        """Bytes of shared memory of the importance kernel, less the barriers."""
+        return (group * TILE_ROWS + self.stages * self.columns) * head_dim * 2
+
+    def chunk(self, queries: int, rows: int, columns: int) -> int:
+        """Queries per chunk: whole tiles, all chunks alike, scores within `score_bytes`."""
+        tiles = -(-queries // TILE_ROWS)
+        most = max(1, self.score_bytes // (4 * rows * columns * TILE_ROWS))
+        chunks = -(-tiles // most)
+        return -(-tiles // chunks) * TILE_ROWS
+
+    def rows_per_warp(self, words: int) -> int:
+        """Queries whose scores one warp of the choosing kernel keeps, for rows of so many words."""
+        most = max(1, self.row_values // words)
+        return min(1 << (most.bit_length() - 1), TILE_ROWS // WARPS)
+
+    def widths(self, words: int) -> tuple[int, ...]:
+        """Words per row of the choosing kernel's variants."""
+        parts = range(1, self.variants + 1)
+        return tuple(sorted({words_for(-(-words * part // self.variants) * LANES) for part in parts}))
+
+
+def heuristic(head_dim: int) -> Config:
+    """A configuration for heads of this size: the most stages that shared memory holds beside 8 heads of queries."""
+    return Config(stages=3 if head_dim > 64 else 6)
+
+
+def words_for(blocks: int) -> int:
+    """Words of a row of so many blocks, at least 2: Mosaic infers no layout for rows of a single word."""
+    return max(2, -(-blocks // LANES))
