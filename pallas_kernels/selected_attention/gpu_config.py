@@ -22,12 +22,12 @@ class TileConfig:
     Attributes:
       stages: blocks of K and V in flight.
       consumers: warpgroups that compute, 8 tokens each; one more fetches.
-      ahead: the logits of a warpgroup's next block are computed during the softmax of this one (forward alone).
+      q_registers: the matrix units read the queries from registers (forward alone).
     """
 
     stages: int
     consumers: int = 2
-    ahead: bool = False
+    q_registers: bool = False
 
     def __post_init__(self):
         if self.stages < 2 or self.consumers not in REGISTERS:

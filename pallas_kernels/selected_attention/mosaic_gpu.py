@@ -181,9 +181,7 @@ def forward(
             tiling.fetch_tokens(q_ref, q_tile, q_ready.at[warpgroup], b, n, first, last)
             plgpu.barrier_wait(list_ready)
             plgpu.barrier_wait(q_ready.at[warpgroup])
-
-            def multiply(i, s_ref):
-                plgpu.wgmma(s_ref, q_tile, k_smem.at[lax.rem(i, stages)].transpose((1, 0)))
+            q_left = plgpu.load(q_tile, layout=plgpu.Layout.WGMMA) if config.q_registers else q_tile
 
             def soften(i, s, top, causal):
                 if causal:
@@ -203,7 +201,7 @@ def forward(
 
                 def attend(carry):
                     acc, top, total = carry
-                    s = gpu.product(q_tile, k_smem.at[lax.rem(i, stages)].transpose((1, 0)), BLOCK)
+                    s = gpu.product(q_left, k_smem.at[lax.rem(i, stages)].transpose((1, 0)), BLOCK, interpret)
                     p, top, rescale = soften(i, s, top, causal)
                     total = total * rescale + p.sum(axis=1)
                     return accumulate(i, acc, p, rescale), top, total
@@ -212,56 +210,13 @@ def forward(
                 plgpu.barrier_arrive(consumed.at[lax.rem(i, stages)])
                 return carry
 
-            def next_chosen(i):
-                def skip(i):
-                    plgpu.barrier_wait(loaded.at[lax.rem(i, stages)])
-                    plgpu.barrier_arrive(consumed.at[lax.rem(i, stages)])
-                    return i + 1
-
-                def unchosen(i):
-                    return (i < count) & (entries.mask(jnp.minimum(i, count - 1), warpgroup) == 0)
-
-                i = lax.while_loop(unchosen, skip, i)
-
-                @pl.when(i < count)
-                def _():
-                    plgpu.barrier_wait(loaded.at[lax.rem(i, stages)])
-
-                return i
-
-            def step_ahead(carry, causal):
-                i, s, acc, top, total = carry
-                following = next_chosen(i + 1)
-
-                def overlap(s_ref):
-                    # After the last block its own logits stand in: read by nobody.
-                    multiply(jnp.where(following < count, following, i), s_ref)
-                    p, new_top, rescale = soften(i, s, top, causal)
-                    new_total = total * rescale + p.sum(axis=1)
-                    return s_ref[...], p, new_top, rescale, new_total
-
-                s, p, top, rescale, total = pl.run_scoped(overlap, plgpu.ACC(s.shape, jnp.float32))
-                acc = accumulate(i, acc, p, rescale)
-                plgpu.barrier_arrive(consumed.at[lax.rem(i, stages)])
-                return following, s, acc, top, total
-
             carry = (
                 plgpu.layout_cast(jnp.zeros((TOKENS * ROWS, size), jnp.float32), plgpu.Layout.WGMMA),
                 plgpu.layout_cast(jnp.full((TOKENS * ROWS,), EMPTY_LSE, jnp.float32), ROW_LAYOUT),
                 plgpu.layout_cast(jnp.zeros((TOKENS * ROWS,), jnp.float32), ROW_LAYOUT),
             )
-            if config.ahead:
-                i = next_chosen(0)
-                s = gpu.product(q_tile, k_smem.at[lax.rem(i, stages)].transpose((1, 0)), BLOCK)
-                carry = (i, s, *carry)
-                for end, causal in ((whole, False), (count, True)):
-                    carry = lax.while_loop(
-                        lambda carry, end=end: carry[0] < end, functools.partial(step_ahead, causal=causal), carry
-                    )
-                acc, top, total = carry[2:]
-            else:
-                carry = lax.fori_loop(0, whole, functools.partial(step, causal=False), carry)
-                acc, top, total = lax.fori_loop(whole, count, functools.partial(step, causal=True), carry)
+            carry = lax.fori_loop(0, whole, functools.partial(step, causal=False), carry)
+            acc, top, total = lax.fori_loop(whole, count, functools.partial(step, causal=True), carry)
 
             empty = total == 0.0
             divisor = jnp.where(empty, 1.0, total)

@@ -18,10 +18,10 @@ from pallas_kernels.specs import SPECS
 BLOCK = 64
 
 
-def small_config(consumers=2, part=8, ahead=False):
+def small_config(consumers=2, part=8, q_registers=False):
     tiles = gpu_config.TileConfig(stages=2, consumers=consumers)
     return gpu_config.Config(
-        forward=dataclasses.replace(tiles, ahead=ahead), dq=tiles, dkdv=gpu_config.BlockConfig(2, part)
+        forward=dataclasses.replace(tiles, q_registers=q_registers), dq=tiles, dkdv=gpu_config.BlockConfig(2, part)
     )
 
 
@@ -106,7 +106,15 @@ def test_ragged_rows_later_queries_and_split_lists():
 
 def test_no_races():
     compare(
-        jnp.bfloat16, 7, 64, queries=18, keys=90, places=2, q_offset=70, config=small_config(ahead=True), races=True
+        jnp.bfloat16,
+        7,
+        64,
+        queries=18,
+        keys=90,
+        places=2,
+        q_offset=70,
+        config=small_config(q_registers=True),
+        races=True,
     )
 
 
@@ -160,8 +168,8 @@ def lowered(spec, config=None):
 @pytest.mark.parametrize("tiles", [(5, 3, False), (4, 2, True)])
 def test_other_configurations_lower_for_hopper(tiles):
     spec = next(spec for spec in SPECS if spec.name.startswith("7B, 128K"))
-    stages, consumers, ahead = tiles
-    tile = gpu_config.TileConfig(stages, consumers, ahead)
+    stages, consumers, q_registers = tiles
+    tile = gpu_config.TileConfig(stages, consumers, q_registers)
     config = gpu_config.Config(tile, dataclasses.replace(tile, stages=3), gpu_config.BlockConfig(4, 4096))
     assert lowered(spec, config).count("mosaic_gpu") >= 3
 
