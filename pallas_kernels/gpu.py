@@ -118,7 +118,7 @@ def first_product(acc_ref: Ref, interpret: Any) -> jax.Array:
 
 def add_two_products(
     accs: tuple[jax.Array, jax.Array],
-    lefts: tuple[jax.Array, jax.Array],
+    lefts: tuple[jax.Array | Ref, jax.Array | Ref],
     rights: tuple[Ref, Ref],
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:

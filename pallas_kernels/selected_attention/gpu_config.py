@@ -90,7 +90,7 @@ def heuristic(queries: int, rows: int, head_dim: int) -> Config:
     pieces = max(1, min(16, 32 // max(rows, 1)))
     part = max(1024, -(-queries // (pieces * TOKENS)) * TOKENS)
     return Config(
-        forward=TileConfig(stages=5 if wide else 8),
+        forward=TileConfig(stages=4 if wide else 8, consumers=3),
         dq=TileConfig(stages=4 if wide else 8),
         dkdv=BlockConfig(stages=4 if wide else 6, part=part),
     )

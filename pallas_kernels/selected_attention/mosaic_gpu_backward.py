@@ -212,21 +212,19 @@ def key_gradients(
                 row_shift = jnp.where(there, plgpu.load(terms_smem.at[stage, 0], layout=COLUMN_LAYOUT), HIDDEN)
                 row_delta = plgpu.load(terms_smem.at[stage, 1], layout=COLUMN_LAYOUT)
 
-                def overlap(s_ref, dp_ref):
-                    plgpu.wgmma(s_ref, k_smem, q_tile.transpose((1, 0)))
-                    plgpu.wgmma(dp_ref, v_smem, do_tile.transpose((1, 0)))
-                    s = gpu.first_product(s_ref, interpret)
-                    if causal:
-                        group = tuple(token_at(i * TOKENS + t) for t in range(TOKENS))
-                        s = jnp.where(_sees(group, origin), s, -HIDDEN)
-                    p = jnp.exp2(s * scale - lax.broadcast_in_dim(row_shift, s.shape, [1]))
-                    return p, p * (dp_ref[...] - lax.broadcast_in_dim(row_delta, s.shape, [1]))
-
-                acc = plgpu.ACC((BLOCK, TOKENS * ROWS), jnp.float32)
-                p, ds = pl.run_scoped(overlap, acc, acc)
-                dk, dv = gpu.add_two_products(
-                    (dk, dv), (ds.astype(q_ref.dtype), p.astype(q_ref.dtype)), (q_tile, do_tile), interpret
+                s = gpu.product(k_smem, q_tile.transpose((1, 0)), TOKENS * ROWS)
+                if causal:
+                    group = tuple(token_at(i * TOKENS + t) for t in range(TOKENS))
+                    s = jnp.where(_sees(group, origin), s, -HIDDEN)
+                p = jnp.exp2(s * scale - lax.broadcast_in_dim(row_shift, s.shape, [1]))
+                dv, dp = gpu.add_two_products(
+                    (dv, plgpu.layout_cast(jnp.zeros(s.shape, jnp.float32), plgpu.Layout.WGMMA)),
+                    (p.astype(q_ref.dtype), v_smem),
+                    (do_tile, do_tile.transpose((1, 0))),
+                    interpret,
                 )
+                ds = p * (dp - lax.broadcast_in_dim(row_delta, s.shape, [1]))
+                dk = gpu.add_product(dk, ds.astype(q_ref.dtype), q_tile, interpret)
                 plgpu.barrier_arrive(consumed.at[stage])
                 return dk, dv
 
