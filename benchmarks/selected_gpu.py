@@ -233,7 +233,7 @@ def time_pieces(
     forward_args = [(q, k, v, lists) for (q, k, v, _), lists in zip(calls, listed, strict=True)]
     entries = listed[0].tiles[..., 0]
     record["union_blocks_per_tile"] = float(entries.mean())
-    mask = listed[0].masks
+    mask = listed[0].entries.reshape(*entries.shape, -1, 2)[..., 1]
     record["blocks_per_warpgroup"] = float(((mask & 255) != 0).sum() / entries.size)
     report(record, "forward", median_ms(forward, forward_args))
     report(record, "tile_lists", median_ms(lambda i: tile_fn(i, config.forward.tokens), [(i,) for i in choices]))

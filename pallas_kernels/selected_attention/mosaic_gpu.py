@@ -160,14 +160,14 @@ def forward(
       Output and log-sum-exp.
     """
     batch, queries, heads, group, size = q.shape
-    rows, tiles, pieces, width = lists.blocks.shape
+    rows, tiles, pieces, width = lists.entries.shape
     consumers, stages = config.consumers, config.stages
     scale = size**-0.5 * gpu.LOG2_E
 
-    def body(q_ref, k_ref, v_ref, blocks_ref, masks_ref, tiles_ref, o_ref, lse_ref, *scratch):
-        q_smem, k_smem, v_smem, blocks_smem, masks_smem, lse_smem, q_ready, list_ready, loaded, consumed = scratch
+    def body(q_ref, k_ref, v_ref, entries_ref, tiles_ref, o_ref, lse_ref, *scratch):
+        q_smem, k_smem, v_smem, entries_smem, lse_smem, q_ready, list_ready, loaded, consumed = scratch
         tile = tiling.this_tile()
-        entries = tiling.List(blocks_smem, masks_smem)
+        entries = tiling.List(entries_smem)
         b, n = lax.div(tile.row, heads), lax.rem(tile.row, heads)
         warpgroup = lax.axis_index("warpgroup")
         count, whole, start, last = tile.about(tiles_ref)
@@ -231,7 +231,7 @@ def forward(
         @pl.when(warpgroup == consumers)
         def _():
             plgpu.set_max_registers(gpu_config.REGISTERS[consumers][1], action="decrease")
-            entries.fetch(tile, blocks_ref, masks_ref, list_ready)
+            plgpu.copy_gmem_to_smem(entries_ref.at[tile.row, tile.index], entries_smem, list_ready)
             plgpu.barrier_wait(list_ready)
             tensors = ((k_ref, k_smem), (v_ref, v_smem))
             tiling.fetch_blocks(config, count, entries, tensors, loaded, consumed, b, n)
@@ -247,15 +247,14 @@ def forward(
             gpu.tile_memory((stages, BLOCK, size), q.dtype),
             gpu.tile_memory((stages, BLOCK, size), q.dtype),
             plgpu.SMEM((pieces, width), jnp.int32),
-            plgpu.SMEM((pieces, width), jnp.int32),
             plgpu.SMEM((consumers, TOKENS * ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=TOKENS, num_barriers=consumers),
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
         ),
         interpret=interpret,
         **tiling.launch(config, rows, tiles),
-    )(q, k, v, lists.blocks, lists.masks, lists.tiles)
+    )(q, k, v, lists.entries, lists.tiles)
     lse = lse.reshape(batch, heads, tiles * config.tokens, ROWS)[:, :, :queries, :group]
     return o, jnp.swapaxes(lse, 1, 2)

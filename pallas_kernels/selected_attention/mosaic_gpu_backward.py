@@ -69,15 +69,15 @@ def query_gradient(
 ) -> Float[jax.Array, "B T N G D"]:
     """The gradient of q: the forward's walk over the blocks of a tile, with the probabilities from the log-sum-exp."""
     queries, heads, size = q.shape[1], q.shape[2], q.shape[4]
-    rows, tiles, pieces, width = lists.blocks.shape
+    rows, tiles, pieces, width = lists.entries.shape
     consumers, stages = config.consumers, config.stages
     scale = size**-0.5 * gpu.LOG2_E
 
-    def body(q_ref, k_ref, v_ref, do_ref, shift_ref, delta_ref, blocks_ref, masks_ref, tiles_ref, dq_ref, *scratch):
-        q_smem, do_smem, k_smem, v_smem, shift_smem, delta_smem, blocks_smem, masks_smem = scratch[:8]
-        tile_ready, list_ready, loaded, consumed = scratch[8:]
+    def body(q_ref, k_ref, v_ref, do_ref, shift_ref, delta_ref, entries_ref, tiles_ref, dq_ref, *scratch):
+        q_smem, do_smem, k_smem, v_smem, shift_smem, delta_smem, entries_smem = scratch[:7]
+        tile_ready, list_ready, loaded, consumed = scratch[7:]
         tile = tiling.this_tile()
-        entries = tiling.List(blocks_smem, masks_smem)
+        entries = tiling.List(entries_smem)
         b, n = lax.div(tile.row, heads), lax.rem(tile.row, heads)
         warpgroup = lax.axis_index("warpgroup")
         count, whole, start, last = tile.about(tiles_ref)
@@ -135,7 +135,7 @@ def query_gradient(
         @pl.when(warpgroup == consumers)
         def _():
             plgpu.set_max_registers(REGISTERS[consumers][1], action="decrease")
-            entries.fetch(tile, blocks_ref, masks_ref, list_ready)
+            plgpu.copy_gmem_to_smem(entries_ref.at[tile.row, tile.index], entries_smem, list_ready)
             plgpu.barrier_wait(list_ready)
             tensors = ((k_ref, k_smem), (v_ref, v_smem))
             tiling.fetch_blocks(config, count, entries, tensors, loaded, consumed, b, n)
@@ -151,15 +151,14 @@ def query_gradient(
             plgpu.SMEM((consumers, TOKENS * ROWS), jnp.float32),
             plgpu.SMEM((consumers, TOKENS * ROWS), jnp.float32),
             plgpu.SMEM((pieces, width), jnp.int32),
-            plgpu.SMEM((pieces, width), jnp.int32),
             plgpu.Barrier(num_arrivals=2 * TOKENS + 2, num_barriers=consumers),
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
         ),
         interpret=interpret,
         **tiling.launch(config, rows, tiles),
-    )(q, k, v, do, shift, delta, lists.blocks, lists.masks, lists.tiles)
+    )(q, k, v, do, shift, delta, lists.entries, lists.tiles)
 
 
 def key_gradients(

@@ -195,10 +195,10 @@ def test_blocks_of_a_tile_ascend_and_carry_the_masks():
     index[0, 17, 0, 1:] = (0, 2)
     chosen = gpu_lists.visible_choice(jnp.asarray(index), jnp.array([90]), 70, 90, BLOCK)
     lists = gpu_lists.tile_lists(chosen, jnp.array([90]), 70, 90, BLOCK, tokens=16)
-    np.testing.assert_array_equal(np.asarray(lists.blocks).reshape(2, -1)[:, :2], [[0, 1], [0, 1]])
+    first, second = np.asarray(lists.entries).reshape(2, -1)[:, :6]
+    np.testing.assert_array_equal(first, [0, 1 << 3, 1, 0xFFFF, 0, 0])
     # Block 2 begins past the last query and past the last key.
-    masks = np.asarray(lists.masks).reshape(2, -1)[:, :3]
-    np.testing.assert_array_equal(masks, [[1 << 3, 0xFFFF, 0], [1 << 1, 0b1111, 0]])
+    np.testing.assert_array_equal(second, [0, 1 << 1, 1, 0b1111, 0, 0])
     # Counts, blocks seen whole, first absolute query, last query below the length.
     np.testing.assert_array_equal(lists.tiles[0], [[2, 1, 70, 19], [2, 1, 86, 19]])
 
