@@ -276,7 +276,7 @@ def tune(inputs: list[tuple[jax.Array, ...]], choices: list[jax.Array], record: 
     o, lse = jax.jit(functools.partial(mosaic_gpu.forward, base.forward, None))(q, k, v, listed[base.forward.consumers])
     rows = mosaic_gpu_backward.row_terms(o, lse, do, jnp.zeros_like(lse))
 
-    for config in [gpu_config.TileConfig(*x) for x in ((4, 3), (4, 2))]:
+    for config in [gpu_config.TileConfig(*x) for x in ((4, 3), (4, 3, 64), (4, 2, 128))]:
         fn = jax.jit(functools.partial(mosaic_gpu.forward, config, None))
         args = (q, k, v, listed[config.consumers])
         attempt(record, f"forward {config}", lambda: median_ms(fn, [args], 3))  # noqa: B023

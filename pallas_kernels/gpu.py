@@ -131,3 +131,16 @@ def add_two_products(
             plgpu.wgmma(acc_ref, left, right)
 
     return pl.run_state(accumulate)(tuple(plgpu.ACC.init(acc) for acc in accs))
+
+
+def sum_of_products(parts: list[tuple[jax.Array | Ref, Ref]], columns: int, interpret: Any) -> jax.Array:
+    """The sum of left @ right over the parts: 64 rows, float32; each left in registers or shared memory."""
+    if interpret is not None:
+        return sum(product(left, right, columns, interpret) for left, right in parts)
+
+    def multiply(acc_ref: Ref) -> jax.Array:
+        for left, right in parts:
+            plgpu.wgmma(acc_ref, left, right)
+        return acc_ref[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((TILE_ROWS, columns), jnp.float32))

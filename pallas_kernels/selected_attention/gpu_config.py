@@ -22,12 +22,12 @@ class TileConfig:
     Attributes:
       stages: blocks of K and V in flight.
       consumers: warpgroups that compute, 8 tokens each; one more fetches.
-      q_registers: the matrix units read the queries from registers (forward alone).
+      q_registers: columns of the queries that the matrix units read from registers, not shared memory (forward alone).
     """
 
     stages: int
     consumers: int = 2
-    q_registers: bool = False
+    q_registers: int = 0
 
     def __post_init__(self):
         if self.stages < 2 or self.consumers not in REGISTERS:

@@ -181,7 +181,12 @@ def forward(
             tiling.fetch_tokens(q_ref, q_tile, q_ready.at[warpgroup], b, n, first, last)
             plgpu.barrier_wait(list_ready)
             plgpu.barrier_wait(q_ready.at[warpgroup])
-            q_left = plgpu.load(q_tile, layout=plgpu.Layout.WGMMA) if config.q_registers else q_tile
+            held = config.q_registers
+            lefts = {}
+            if held:
+                lefts[0, held] = plgpu.load(q_tile.at[:, pl.ds(0, held)], layout=plgpu.Layout.WGMMA)
+            if held < size:
+                lefts[held, size - held] = q_tile.at[:, pl.ds(held, size - held)]
 
             def soften(i, s, top, causal):
                 if causal:
@@ -201,7 +206,9 @@ def forward(
 
                 def attend(carry):
                     acc, top, total = carry
-                    s = gpu.product(q_left, k_smem.at[lax.rem(i, stages)].transpose((1, 0)), BLOCK, interpret)
+                    keys = k_smem.at[lax.rem(i, stages)]
+                    parts = [(left, keys.at[:, pl.ds(*columns)].transpose((1, 0))) for columns, left in lefts.items()]
+                    s = gpu.sum_of_products(parts, BLOCK, interpret)
                     p, top, rescale = soften(i, s, top, causal)
                     total = total * rescale + p.sum(axis=1)
                     return accumulate(i, acc, p, rescale), top, total
