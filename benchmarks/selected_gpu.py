@@ -233,7 +233,7 @@ def time_pieces(
     forward_args = [(q, k, v, lists) for (q, k, v, _), lists in zip(calls, listed, strict=True)]
     entries = listed[0].tiles[..., 0]
     record["union_blocks_per_tile"] = float(entries.mean())
-    mask = listed[0].masks
+    mask = listed[0].entries.reshape(*entries.shape, -1, 2)[..., 1]
     record["blocks_per_warpgroup"] = float(((mask & 255) != 0).sum() / entries.size)
     report(record, "forward", median_ms(forward, forward_args))
     report(record, "tile_lists", median_ms(lambda i: tile_fn(i, config.forward.tokens), [(i,) for i in choices]))
@@ -276,25 +276,20 @@ def tune(inputs: list[tuple[jax.Array, ...]], choices: list[jax.Array], record: 
     o, lse = jax.jit(functools.partial(mosaic_gpu.forward, base.forward, None))(q, k, v, listed[base.forward.consumers])
     rows = mosaic_gpu_backward.row_terms(o, lse, do, jnp.zeros_like(lse))
 
-    tiles = [
-        gpu_config.TileConfig(*x) for x in ((5, 3), (4, 3), (5, 2), (4, 2), (4, 2, True), (5, 2, True), (3, 2, True))
-    ]
-    for config in tiles:
+    for config in [gpu_config.TileConfig(*x) for x in ((4, 3), (4, 3, 64), (4, 2, 128))]:
         fn = jax.jit(functools.partial(mosaic_gpu.forward, config, None))
         args = (q, k, v, listed[config.consumers])
         attempt(record, f"forward {config}", lambda: median_ms(fn, [args], 3))  # noqa: B023
-    for config in [gpu_config.TileConfig(*x) for x in ((3, 3), (2, 3), (4, 2), (3, 2))]:
+    for config in [gpu_config.TileConfig(*x) for x in ((4, 2), (3, 3))]:
         fn = jax.jit(functools.partial(mosaic_gpu_backward.query_gradient, config, None))
         args = (q, k, v, do, *rows, listed[config.consumers])
         attempt(record, f"dq {config}", lambda: median_ms(fn, [args], 3))  # noqa: B023
-    for part in (base.dkdv.part, base.dkdv.part // 2, base.dkdv.part // 4):
-        config = gpu_config.BlockConfig(base.dkdv.stages, part)
-        lists = jax.jit(lambda x, part=part: block_lists(x, zero, queries, BLOCK, part))(chosen)
+    for config in [
+        gpu_config.BlockConfig(*x) for x in ((4, base.dkdv.part), (4, base.dkdv.part // 2), (2, base.dkdv.part))
+    ]:
+        lists = jax.jit(lambda x, part=config.part: block_lists(x, zero, queries, BLOCK, part))(chosen)
         fn = jax.jit(functools.partial(mosaic_gpu_backward.key_gradients, config, None))
         attempt(record, f"dkdv {config}", lambda: median_ms(fn, [(q, k, v, do, *rows, lists)], 3))  # noqa: B023
-    for forward, dq in ((tiles[0], gpu_config.TileConfig(3, 3)), (tiles[4], base.dq)):
-        config = dataclasses.replace(base, forward=forward, dq=dq)
-        attempt(record, f"errors {forward}", lambda: check(config, inputs[0], choices[0]))  # noqa: B023
 
 
 def small_checks(record: dict[str, Any]) -> bool:

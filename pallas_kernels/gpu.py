@@ -78,8 +78,10 @@ def tile_memory(shape: tuple[int, ...], dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
 
 
-def product(left: Ref, right: Ref, columns: int) -> jax.Array:
-    """left @ right of two tiles in shared memory: 64 rows, float32."""
+def product(left: jax.Array | Ref, right: Ref, columns: int, interpret: Any = None) -> jax.Array:
+    """left @ right on the matrix units: 64 rows, float32; `left` in registers or shared memory."""
+    if interpret is not None and isinstance(left, jax.Array):
+        return _interpreted_product(left, right)
 
     def multiply(acc_ref: Ref) -> jax.Array:
         plgpu.wgmma(acc_ref, left, right)
@@ -97,10 +99,14 @@ def add_product(acc: jax.Array, left: jax.Array | Ref, right: Ref, interpret: An
     if interpret is None:
         return pl.run_state(accumulate)(plgpu.ACC.init(acc))
 
+    return acc + _interpreted_product(left[...], right)
+
+
+def _interpreted_product(left: jax.Array, right: Ref) -> jax.Array:
     # The interpreter multiplies from shared memory alone. The fence stands between a plain read and the next copy.
-    product = jnp.dot(left[...], right[...], preferred_element_type=jnp.float32)
+    product = jnp.dot(left, right[...], preferred_element_type=jnp.float32)
     plgpu.commit_smem()
-    return acc + product
+    return product
 
 
 def first_product(acc_ref: Ref, interpret: Any) -> jax.Array:
@@ -112,7 +118,7 @@ def first_product(acc_ref: Ref, interpret: Any) -> jax.Array:
 
 def add_two_products(
     accs: tuple[jax.Array, jax.Array],
-    lefts: tuple[jax.Array, jax.Array],
+    lefts: tuple[jax.Array | Ref, jax.Array | Ref],
     rights: tuple[Ref, Ref],
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:
@@ -125,3 +131,16 @@ def add_two_products(
             plgpu.wgmma(acc_ref, left, right)
 
     return pl.run_state(accumulate)(tuple(plgpu.ACC.init(acc) for acc in accs))
+
+
+def sum_of_products(parts: list[tuple[jax.Array | Ref, Ref]], columns: int, interpret: Any) -> jax.Array:
+    """The sum of left @ right over the parts: 64 rows, float32; each left in registers or shared memory."""
+    if interpret is not None:
+        return sum(product(left, right, columns, interpret) for left, right in parts)
+
+    def multiply(acc_ref: Ref) -> jax.Array:
+        for left, right in parts:
+            plgpu.wgmma(acc_ref, left, right)
+        return acc_ref[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((TILE_ROWS, columns), jnp.float32))

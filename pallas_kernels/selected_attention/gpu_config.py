@@ -22,12 +22,12 @@ class TileConfig:
     Attributes:
       stages: blocks of K and V in flight.
       consumers: warpgroups that compute, 8 tokens each; one more fetches.
-      ahead: the logits of a warpgroup's next block are computed during the softmax of this one (forward alone).
+      q_registers: columns of the queries that the matrix units read from registers, not shared memory (forward alone).
     """
 
     stages: int
     consumers: int = 2
-    ahead: bool = False
+    q_registers: int = 0
 
     def __post_init__(self):
         if self.stages < 2 or self.consumers not in REGISTERS:
@@ -90,7 +90,7 @@ def heuristic(queries: int, rows: int, head_dim: int) -> Config:
     pieces = max(1, min(16, 32 // max(rows, 1)))
     part = max(1024, -(-queries // (pieces * TOKENS)) * TOKENS)
     return Config(
-        forward=TileConfig(stages=5 if wide else 8),
+        forward=TileConfig(stages=4 if wide else 8, consumers=3),
         dq=TileConfig(stages=4 if wide else 8),
         dkdv=BlockConfig(stages=4 if wide else 6, part=part),
     )

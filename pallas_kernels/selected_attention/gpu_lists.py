@@ -18,20 +18,19 @@ SORT_KEYS = 2**32 - 1
 """Rows x blocks x tokens up to which one sort of 32-bit keys covers all rows; beyond, each row is sorted by itself."""
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["blocks", "masks", "tiles"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["entries", "tiles"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class TileLists:
     """The blocks that each tile of queries reads.
 
     Attributes:
-      blocks: [R, C, P, W] int32, R = B x N rows of C tiles; entry e of a tile stands at [e // W, e % W]; ascending.
-      masks: [R, C, P, W] int32: bit i is whether the tile's token i chose the block.
+      entries: [R, C, P, W] int32, R = B x N rows of C tiles: a tile's numbers in order, P pieces of W. Numbers 2e and
+        2e + 1 are entry e: a block, ascending, and a mask whose bit i is whether the tile's token i chose it.
       tiles: [R, C, 4] int32: number of entries; how many of them every token of the tile sees whole; absolute index
         of the tile's first token; last token of the row that is below its length (0 where there is none).
     """
 
-    blocks: Int[jax.Array, "R C P W"]
-    masks: Int[jax.Array, "R C P W"]
+    entries: Int[jax.Array, "R C P W"]
     tiles: Int[jax.Array, "R C 4"]
 
 
@@ -113,16 +112,17 @@ def tile_lists(
     )
 
     listed = table != 0
-    ends = jnp.cumsum(listed, axis=2, dtype=jnp.int32)
+    count, place = _places(listed)
     capacity = min(tokens * places, blocks)
-    width = min(256, -(-capacity // 32) * 32)
-    capacity = -(-capacity // width) * width
+    width = min(256, -(-2 * capacity // 32) * 32)
+    capacity = -(-2 * capacity // width) * width // 2
     block = jnp.arange(blocks, dtype=jnp.int32)
-    place = (jnp.arange(rows)[:, None, None], jnp.arange(tiles)[:, None], jnp.where(listed, ends - 1, capacity))
-
-    def in_order(x: jax.Array) -> jax.Array:
-        listed = jnp.zeros((rows, tiles, capacity), jnp.int32).at[place].set(x, mode="drop", unique_indices=True)
-        return listed.reshape(rows, tiles, capacity // width, width)
+    entries = jnp.zeros((rows, tiles, capacity, 2), jnp.int32)
+    entries = entries.at[
+        jnp.arange(rows)[:, None, None],
+        jnp.arange(tiles)[:, None],
+        jnp.where(listed, place, capacity),
+    ].set(jnp.stack([jnp.broadcast_to(block, table.shape), table], axis=-1), mode="drop", unique_indices=True)
 
     first = query_indices(tiles * tokens, q_offset)[::tokens]
     whole = listed & (block < ((first + 1) // block_size)[:, None])
@@ -130,14 +130,26 @@ def tile_lists(
     shape = (rows, tiles)
     about = jnp.stack(
         [
-            ends[:, :, -1],
+            count,
             whole.sum(axis=2, dtype=jnp.int32),
             jnp.broadcast_to(first, shape),
             jnp.broadcast_to(last.repeat(heads)[:, None], shape),
         ],
         axis=-1,
     )
-    return TileLists(in_order(jnp.broadcast_to(block, table.shape)), in_order(table), about)
+    return TileLists(entries.reshape(rows, tiles, -1, width), about)
+
+
+def _places(listed: Bool[jax.Array, "R C M"]) -> tuple[Int[jax.Array, "R C"], Int[jax.Array, "R C M"]]:
+    """How many of the last axis are listed, and how many before each: sums of 32 at a time are one count of bits."""
+    *lead, blocks = listed.shape
+    bit = jnp.arange(32, dtype=jnp.uint32)
+    words = jnp.pad(listed, [(0, 0), (0, 0), (0, -blocks % 32)]).reshape(*lead, -1, 32).astype(jnp.uint32)
+    words = (words << bit).sum(axis=-1, dtype=jnp.uint32)
+    ends = jnp.cumsum(jax.lax.population_count(words), axis=-1, dtype=jnp.uint32)
+    earlier = words[..., None] & ((jnp.uint32(1) << bit) - 1)
+    place = (ends - jax.lax.population_count(words))[..., None] + jax.lax.population_count(earlier)
+    return ends[..., -1].astype(jnp.int32), place.reshape(*lead, -1)[..., :blocks].astype(jnp.int32)
 
 
 def block_lists(

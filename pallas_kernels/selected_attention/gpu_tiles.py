@@ -54,29 +54,22 @@ class List:
     """The list of a tile, in shared memory.
 
     Attributes:
-      blocks: [P, W].
-      masks: [P, W].
+      entries: [P, W].
     """
 
-    blocks: Ref
-    masks: Ref
-
-    def fetch(self, tile: Tile, blocks_ref: Ref, masks_ref: Ref, ready: Ref) -> None:
-        """Starts the two copies that fill the list."""
-        plgpu.copy_gmem_to_smem(blocks_ref.at[tile.row, tile.index], self.blocks, ready)
-        plgpu.copy_gmem_to_smem(masks_ref.at[tile.row, tile.index], self.masks, ready)
+    entries: Ref
 
     def block(self, i: jax.Array) -> jax.Array:
         """The block of entry i."""
-        return self.blocks[self._place(i)]
+        return self._number(2 * i)
 
     def mask(self, i: jax.Array, warpgroup: jax.Array) -> jax.Array:
         """Which of the warpgroup's 8 tokens chose the block of entry i."""
-        return (self.masks[self._place(i)] >> (warpgroup * TOKENS)) & (2**TOKENS - 1)
+        return (self._number(2 * i + 1) >> (warpgroup * TOKENS)) & (2**TOKENS - 1)
 
-    def _place(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        width = self.blocks.shape[1]
-        return lax.div(i, width), lax.rem(i, width)
+    def _number(self, i: jax.Array) -> jax.Array:
+        width = self.entries.shape[1]
+        return self.entries[lax.div(i, width), lax.rem(i, width)]
 
 
 def fetch_tokens(

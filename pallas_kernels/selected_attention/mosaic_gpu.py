@@ -207,14 +207,14 @@ def forward(
       Output and log-sum-exp.
     """
     batch, queries, heads, group, size = q.shape
-    rows, tiles, pieces, width = lists.blocks.shape
+    rows, tiles, pieces, width = lists.entries.shape
     consumers, stages = config.consumers, config.stages
     scale = size**-0.5 * gpu.LOG2_E
 
-    def body(q_ref, k_ref, v_ref, blocks_ref, masks_ref, tiles_ref, o_ref, lse_ref, *scratch):
-        q_smem, k_smem, v_smem, blocks_smem, masks_smem, lse_smem, q_ready, list_ready, loaded, consumed = scratch
+    def body(q_ref, k_ref, v_ref, entries_ref, tiles_ref, o_ref, lse_ref, *scratch):
+        q_smem, k_smem, v_smem, entries_smem, lse_smem, q_ready, list_ready, loaded, consumed = scratch
         tile = tiling.this_tile()
-        entries = tiling.List(blocks_smem, masks_smem)
+        entries = tiling.List(entries_smem)
         b, n = lax.div(tile.row, heads), lax.rem(tile.row, heads)
         warpgroup = lax.axis_index("warpgroup")
         count, whole, start, last = tile.about(tiles_ref)
@@ -228,9 +228,12 @@ def forward(
             tiling.fetch_tokens(q_ref, q_tile, q_ready.at[warpgroup], b, n, first, last)
             plgpu.barrier_wait(list_ready)
             plgpu.barrier_wait(q_ready.at[warpgroup])
-
-            def multiply(i, s_ref):
-                plgpu.wgmma(s_ref, q_tile, k_smem.at[lax.rem(i, stages)].transpose((1, 0)))
+            held = config.q_registers
+            lefts = {}
+            if held:
+                lefts[0, held] = plgpu.load(q_tile.at[:, pl.ds(0, held)], layout=plgpu.Layout.WGMMA)
+            if held < size:
+                lefts[held, size - held] = q_tile.at[:, pl.ds(held, size - held)]
 
             def soften(i, s, top, causal):
                 if causal:
@@ -250,7 +253,9 @@ def forward(
 
                 def attend(carry):
                     acc, top, total = carry
-                    s = gpu.product(q_tile, k_smem.at[lax.rem(i, stages)].transpose((1, 0)), BLOCK)
+                    keys = k_smem.at[lax.rem(i, stages)]
+                    parts = [(left, keys.at[:, pl.ds(*columns)].transpose((1, 0))) for columns, left in lefts.items()]
+                    s = gpu.sum_of_products(parts, BLOCK, interpret)
                     p, top, rescale = soften(i, s, top, causal)
                     total = total * rescale + p.sum(axis=1)
                     return accumulate(i, acc, p, rescale), top, total
@@ -259,56 +264,13 @@ def forward(
                 plgpu.barrier_arrive(consumed.at[lax.rem(i, stages)])
                 return carry
 
-            def next_chosen(i):
-                def skip(i):
-                    plgpu.barrier_wait(loaded.at[lax.rem(i, stages)])
-                    plgpu.barrier_arrive(consumed.at[lax.rem(i, stages)])
-                    return i + 1
-
-                def unchosen(i):
-                    return (i < count) & (entries.mask(jnp.minimum(i, count - 1), warpgroup) == 0)
-
-                i = lax.while_loop(unchosen, skip, i)
-
-                @pl.when(i < count)
-                def _():
-                    plgpu.barrier_wait(loaded.at[lax.rem(i, stages)])
-
-                return i
-
-            def step_ahead(carry, causal):
-                i, s, acc, top, total = carry
-                following = next_chosen(i + 1)
-
-                def overlap(s_ref):
-                    # After the last block its own logits stand in: read by nobody.
-                    multiply(jnp.where(following < count, following, i), s_ref)
-                    p, new_top, rescale = soften(i, s, top, causal)
-                    new_total = total * rescale + p.sum(axis=1)
-                    return s_ref[...], p, new_top, rescale, new_total
-
-                s, p, top, rescale, total = pl.run_scoped(overlap, plgpu.ACC(s.shape, jnp.float32))
-                acc = accumulate(i, acc, p, rescale)
-                plgpu.barrier_arrive(consumed.at[lax.rem(i, stages)])
-                return following, s, acc, top, total
-
             carry = (
                 plgpu.layout_cast(jnp.zeros((TOKENS * ROWS, size), jnp.float32), plgpu.Layout.WGMMA),
                 plgpu.layout_cast(jnp.full((TOKENS * ROWS,), EMPTY_LSE, jnp.float32), ROW_LAYOUT),
                 plgpu.layout_cast(jnp.zeros((TOKENS * ROWS,), jnp.float32), ROW_LAYOUT),
             )
-            if config.ahead:
-                i = next_chosen(0)
-                s = gpu.product(q_tile, k_smem.at[lax.rem(i, stages)].transpose((1, 0)), BLOCK)
-                carry = (i, s, *carry)
-                for end, causal in ((whole, False), (count, True)):
-                    carry = lax.while_loop(
-                        lambda carry, end=end: carry[0] < end, functools.partial(step_ahead, causal=causal), carry
-                    )
-                acc, top, total = carry[2:]
-            else:
-                carry = lax.fori_loop(0, whole, functools.partial(step, causal=False), carry)
-                acc, top, total = lax.fori_loop(whole, count, functools.partial(step, causal=True), carry)
+            carry = lax.fori_loop(0, whole, functools.partial(step, causal=False), carry)
+            acc, top, total = lax.fori_loop(whole, count, functools.partial(step, causal=True), carry)
 
             empty = total == 0.0
             divisor = jnp.where(empty, 1.0, total)
@@ -323,7 +285,7 @@ def forward(
         @pl.when(warpgroup == consumers)
         def _():
             plgpu.set_max_registers(gpu_config.REGISTERS[consumers][1], action="decrease")
-            entries.fetch(tile, blocks_ref, masks_ref, list_ready)
+            plgpu.copy_gmem_to_smem(entries_ref.at[tile.row, tile.index], entries_smem, list_ready)
             plgpu.barrier_wait(list_ready)
             tensors = ((k_ref, k_smem), (v_ref, v_smem))
             tiling.fetch_blocks(config, count, entries, tensors, loaded, consumed, b, n)
@@ -339,15 +301,14 @@ def forward(
             gpu.tile_memory((stages, BLOCK, size), q.dtype),
             gpu.tile_memory((stages, BLOCK, size), q.dtype),
             plgpu.SMEM((pieces, width), jnp.int32),
-            plgpu.SMEM((pieces, width), jnp.int32),
             plgpu.SMEM((consumers, TOKENS * ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=TOKENS, num_barriers=consumers),
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
         ),
         interpret=interpret,
         **tiling.launch(config, rows, tiles),
-    )(q, k, v, lists.blocks, lists.masks, lists.tiles)
+    )(q, k, v, lists.entries, lists.tiles)
     lse = lse.reshape(batch, heads, tiles * config.tokens, ROWS)[:, :, :queries, :group]
     return o, jnp.swapaxes(lse, 1, 2)

@@ -76,15 +76,15 @@ def query_gradient(
 ) -> Float[jax.Array, "B T N G D"]:
     """The gradient of q: the forward's walk over the blocks of a tile, with the probabilities from the log-sum-exp."""
     queries, heads, size = q.shape[1], q.shape[2], q.shape[4]
-    rows, tiles, pieces, width = lists.blocks.shape
+    rows, tiles, pieces, width = lists.entries.shape
     consumers, stages = config.consumers, config.stages
     scale = size**-0.5 * gpu.LOG2_E
 
-    def body(q_ref, k_ref, v_ref, do_ref, shift_ref, delta_ref, blocks_ref, masks_ref, tiles_ref, dq_ref, *scratch):
-        q_smem, do_smem, k_smem, v_smem, shift_smem, delta_smem, blocks_smem, masks_smem = scratch[:8]
-        tile_ready, list_ready, loaded, consumed = scratch[8:]
+    def body(q_ref, k_ref, v_ref, do_ref, shift_ref, delta_ref, entries_ref, tiles_ref, dq_ref, *scratch):
+        q_smem, do_smem, k_smem, v_smem, shift_smem, delta_smem, entries_smem = scratch[:7]
+        tile_ready, list_ready, loaded, consumed = scratch[7:]
         tile = tiling.this_tile()
-        entries = tiling.List(blocks_smem, masks_smem)
+        entries = tiling.List(entries_smem)
         b, n = lax.div(tile.row, heads), lax.rem(tile.row, heads)
         warpgroup = lax.axis_index("warpgroup")
         count, whole, start, last = tile.about(tiles_ref)
@@ -121,6 +121,15 @@ def query_gradient(
                         p = jnp.exp2(s * scale - lax.broadcast_in_dim(row_shift, s.shape, [0]))
                         return p * (dp_ref[...] - lax.broadcast_in_dim(own_delta, s.shape, [0]))
 
+                    if consumers == 3:
+                        s = gpu.product(q_tile, k_smem.at[slot].transpose((1, 0)), BLOCK)
+                        if causal:
+                            s = jnp.where(tiling.causal_mask(entries.block(i), start + offset), s, -HIDDEN)
+                        row_shift = jnp.where(tiling.chosen_rows(mask), own_shift, HIDDEN)
+                        p = jnp.exp2(s * scale - lax.broadcast_in_dim(row_shift, s.shape, [0])).astype(k_ref.dtype)
+                        dp = gpu.product(do_tile, v_smem.at[slot].transpose((1, 0)), BLOCK)
+                        ds = p.astype(jnp.float32) * (dp - lax.broadcast_in_dim(own_delta, s.shape, [0]))
+                        return gpu.add_product(dq, ds.astype(k_ref.dtype), k_smem.at[slot], interpret)
                     acc = plgpu.ACC((TOKENS * ROWS, BLOCK), jnp.float32)
                     ds = pl.run_scoped(overlap, acc, acc)
                     return gpu.add_product(dq, ds.astype(k_ref.dtype), k_smem.at[slot], interpret)
@@ -142,7 +151,7 @@ def query_gradient(
         @pl.when(warpgroup == consumers)
         def _():
             plgpu.set_max_registers(REGISTERS[consumers][1], action="decrease")
-            entries.fetch(tile, blocks_ref, masks_ref, list_ready)
+            plgpu.copy_gmem_to_smem(entries_ref.at[tile.row, tile.index], entries_smem, list_ready)
             plgpu.barrier_wait(list_ready)
             tensors = ((k_ref, k_smem), (v_ref, v_smem))
             tiling.fetch_blocks(config, count, entries, tensors, loaded, consumed, b, n)
@@ -158,15 +167,14 @@ def query_gradient(
             plgpu.SMEM((consumers, TOKENS * ROWS), jnp.float32),
             plgpu.SMEM((consumers, TOKENS * ROWS), jnp.float32),
             plgpu.SMEM((pieces, width), jnp.int32),
-            plgpu.SMEM((pieces, width), jnp.int32),
             plgpu.Barrier(num_arrivals=2 * TOKENS + 2, num_barriers=consumers),
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
         ),
         interpret=interpret,
         **tiling.launch(config, rows, tiles),
-    )(q, k, v, do, shift, delta, lists.blocks, lists.masks, lists.tiles)
+    )(q, k, v, do, shift, delta, lists.entries, lists.tiles)
 
 
 def key_gradients(
@@ -219,21 +227,19 @@ def key_gradients(
                 row_shift = jnp.where(there, plgpu.load(terms_smem.at[stage, 0], layout=COLUMN_LAYOUT), HIDDEN)
                 row_delta = plgpu.load(terms_smem.at[stage, 1], layout=COLUMN_LAYOUT)
 
-                def overlap(s_ref, dp_ref):
-                    plgpu.wgmma(s_ref, k_smem, q_tile.transpose((1, 0)))
-                    plgpu.wgmma(dp_ref, v_smem, do_tile.transpose((1, 0)))
-                    s = gpu.first_product(s_ref, interpret)
-                    if causal:
-                        group = tuple(token_at(i * TOKENS + t) for t in range(TOKENS))
-                        s = jnp.where(_sees(group, origin), s, -HIDDEN)
-                    p = jnp.exp2(s * scale - lax.broadcast_in_dim(row_shift, s.shape, [1]))
-                    return p, p * (dp_ref[...] - lax.broadcast_in_dim(row_delta, s.shape, [1]))
-
-                acc = plgpu.ACC((BLOCK, TOKENS * ROWS), jnp.float32)
-                p, ds = pl.run_scoped(overlap, acc, acc)
-                dk, dv = gpu.add_two_products(
-                    (dk, dv), (ds.astype(q_ref.dtype), p.astype(q_ref.dtype)), (q_tile, do_tile), interpret
+                s = gpu.product(k_smem, q_tile.transpose((1, 0)), TOKENS * ROWS)
+                if causal:
+                    group = tuple(token_at(i * TOKENS + t) for t in range(TOKENS))
+                    s = jnp.where(_sees(group, origin), s, -HIDDEN)
+                p = jnp.exp2(s * scale - lax.broadcast_in_dim(row_shift, s.shape, [1]))
+                dv, dp = gpu.add_two_products(
+                    (dv, plgpu.layout_cast(jnp.zeros(s.shape, jnp.float32), plgpu.Layout.WGMMA)),
+                    (p.astype(q_ref.dtype), v_smem),
+                    (do_tile, do_tile.transpose((1, 0))),
+                    interpret,
                 )
+                ds = p * (dp - lax.broadcast_in_dim(row_delta, s.shape, [1]))
+                dk = gpu.add_product(dk, ds.astype(q_ref.dtype), q_tile, interpret)
                 plgpu.barrier_arrive(consumed.at[stage])
                 return dk, dv
 
