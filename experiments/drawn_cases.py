@@ -82,9 +82,7 @@ def trained_cases(path: Path, queries: int | None = None) -> dict[str, tuple[Spe
     with np.load(path, allow_pickle=False) as arrays:
         layers = sorted({name.split("/")[0] for name in arrays.files if name.endswith("/block_indices")})
         if not layers:
-            raise ValueError(
-                f"{path}: no array is called LAYER/block_indices, expected measure_selection's selection.npz"
-            )
+            raise ValueError(f"{path}: no array named LAYER/block_indices, expected a file of measure_selection")
         cases = {}
         for layer in layers:
             q, k, v, logits, index = (

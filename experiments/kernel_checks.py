@@ -33,10 +33,10 @@ def sampled_starts(queries: int) -> tuple[int, ...]:
     """First queries of the samples, which do not overlap: the start, where no tile begins, the end."""
     last = max(queries - ROWS, 0)
     starts: list[int] = []
-    for start in (0, queries // 3 + 5, queries // 2 + 41, last):
-        if start <= last and (not starts or start >= starts[-1] + ROWS):
+    for start in (0, last, queries // 3 + 5, queries // 2 + 41):
+        if start <= last and all(abs(start - other) >= ROWS for other in starts):
             starts.append(start)
-    return tuple(starts)
+    return tuple(sorted(starts))
 
 
 def only_sampled(operation: Operation, do: Any) -> Any:

@@ -15,7 +15,8 @@ U = 2 T N G D the bytes of the queries and K = 2 T N D those of the keys:
                             block of their union                           their union
     selected, dq            3/2 of the forward's         3 U + 2 K         the forward's
     selected, dk and dv     8 D 8 s per pair             2 U + 4 K         32 D + 64 per pair
-    gated sum, row products, sum of three dq: 4 U each; block means: 2 K; gradients of the others: 5/2 of the flops
+    text queries (256), decode (1): 4 NG D S per query, 2 K; block means: 2 K; gated sum, row products, sum of three dq:
+    4 U each; a gradient: 5/2 of the flops, and the bytes of reading q and do twice
 
 The block choice's other part, counting to find the n-th largest, takes about half as long again on the ALUs and is not
 in its floor.
@@ -26,6 +27,9 @@ import dataclasses
 from pallas_kernels.specs import Spec
 
 FLOPS, BYTES, CACHE_BYTES = 798e12, 3.0e12, 5.5e12
+
+TEXT_QUERIES = 256
+"""Queries of the text case."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Unions:
     of_16: float
 
 
-def floor(operation: str, gradient: bool, spec: Spec, unions: Unions | None = None) -> Floor | None:
+def floor(operation: str, gradient: bool, spec: Spec, unions: Unions | None = None) -> Floor:
     """The floor of an operation, of its forward alone or with its gradient.
 
     Args:
@@ -64,7 +68,10 @@ def floor(operation: str, gradient: bool, spec: Spec, unions: Unions | None = No
       unions: how alike the choice is; selected attention and the whole need it.
 
     Returns:
-      The floor, or None for an operation without one.
+      The floor.
+
+    Raises:
+      ValueError: no such operation, or unions are missing.
     """
     t, heads = spec.queries, spec.kv_heads * spec.group_size
     rows = spec.batch * t * heads * spec.head_dim * 2  # U
@@ -109,6 +116,11 @@ def floor(operation: str, gradient: bool, spec: Spec, unions: Unions | None = No
             return of(product * means / 2, rows)
         case "selected_attention":
             return selected()
+        case "text_queries" | "decode":
+            queries = TEXT_QUERIES if operation == "text_queries" else 1
+            flops = 4 * spec.batch * heads * spec.head_dim * queries * spec.keys
+            forward = of(flops, 2 * keys)
+            return _sum(forward, of(2.5 * flops, 4 * keys)) if gradient else forward
         case "block_means":
             return of(0, 4 * keys if gradient else 2 * keys)
         case "gated_sum":
@@ -117,7 +129,7 @@ def floor(operation: str, gradient: bool, spec: Spec, unions: Unions | None = No
             parts = ("block_means", "compressed_attention", "window_attention", "gated_sum")
             choice = floor("block_selection", False, spec)
             return _sum(selected(), choice, *(floor(part, gradient, spec) for part in parts))
-    return None
+    raise ValueError(f"operation is {operation!r}, expected one of experiments.bench_kernels")
 
 
 def _pairs(spec: Spec) -> float:
@@ -127,5 +139,5 @@ def _pairs(spec: Spec) -> float:
     return spec.batch * spec.kv_heads * taken
 
 
-def _sum(*parts: Floor | None) -> Floor:
-    return Floor(sum(part.ms for part in parts if part), "parts")
+def _sum(*parts: Floor) -> Floor:
+    return Floor(sum(part.ms for part in parts), "parts")

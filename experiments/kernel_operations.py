@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.drawn_cases import draw_choice
+from experiments.kernel_floors import TEXT_QUERIES
 from pallas_kernels import (
     block_means,
     block_selection,
@@ -21,7 +22,6 @@ from pallas_kernels import (
 from pallas_kernels.common import Scalar
 from pallas_kernels.specs import Spec
 
-TEXT_QUERIES = 256
 DENSE = {"cudnn_dense": None, "mosaic_dense": "mosaic_gpu", "xla_dense": "xla", "reference": "reference"}
 """Implementations of dense attention: cuDNN's, and those of `prefix_attention`."""
 

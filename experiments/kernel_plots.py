@@ -62,9 +62,7 @@ def draw_times(records: Records, path: Path) -> None:
         style = ("o-", "s-", "^-")[labels.index(label) // 10 % 3]
         lengths = [record["length"] for record in line]
         axes[name].plot(lengths, [record["median_ms"] for record in line], style, color=colour, label=label, ms=4)
-        known = [(record["length"], record["floor_ms"]) for record in line if record["floor_ms"]]
-        if known:
-            axes[name].plot(*zip(*known, strict=True), ":", color=colour, lw=1)
+        axes[name].plot(lengths, [record["floor_ms"] for record in line], ":", color=colour, lw=1)
     for ax in axes.values():
         _lengths_axis(ax, records)
         ax.set(yscale="log", ylabel="ms (dotted: floor)")
