@@ -17,10 +17,9 @@ from jaxtyping import Float, Float32, Int
 
 from pallas_kernels import gpu, gpu_flash_backward, gpu_flash_kernels, gpu_flash_plan
 from pallas_kernels.common import EMPTY_LSE, zero_where
-from pallas_kernels.gpu import TILE_ROWS
-from pallas_kernels.gpu_flash_config import KEY_ROWS, Config, heuristic
-from pallas_kernels.gpu_flash_kernels import Source
-from pallas_kernels.gpu_flash_plan import Tiles, granule
+from pallas_kernels.gpu_flash_config import Config, heuristic
+from pallas_kernels.gpu_flash_kernels import source
+from pallas_kernels.gpu_flash_plan import Tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +151,8 @@ def attend(
         tiles,
         rule.window,
         q,
-        _key_source(k, visible, granule(config.keys)),
-        _key_source(v, visible, granule(config.keys)),
+        source(k, visible.key_length),
+        source(v, visible.key_length),
         ends,
         gpu_flash_plan.query_items(config, tiles, ends, rule.window),
     )
@@ -195,8 +194,8 @@ def gradients(
         config.dq,
         *shared,
         q,
-        _key_source(k, visible, granule(config.dq.keys)),
-        _key_source(v, visible, granule(config.dq.keys)),
+        source(k, visible.key_length),
+        source(v, visible.key_length),
         do,
         terms,
         ends,
@@ -205,37 +204,41 @@ def gradients(
     dk, dv = gpu_flash_backward.key_gradients(
         config.dkdv,
         *shared,
-        Source.of(q, visible.query_length, TILE_ROWS),
-        _key_source(k, visible, KEY_ROWS),
-        _key_source(v, visible, KEY_ROWS),
-        Source.of(do, visible.query_length, TILE_ROWS),
+        source(q, visible.query_length),
+        source(k, visible.key_length),
+        source(v, visible.key_length),
+        source(do, visible.query_length),
         terms,
         ends,
         gpu_flash_plan.key_items(config.dkdv, tiles, ends, rule.window, k.shape[1]),
     )
-    return tuple(
-        x if parts == 1 else x.reshape(parts, *like.shape).sum(axis=0).astype(like.dtype)
-        for x, like, parts in ((dq, q, config.dq.parts), (dk, k, config.dkdv.parts), (dv, v, config.dkdv.parts))
-    )
+    if config.dq.parts > 1:
+        dq = tiles.unpack(dq.reshape(config.dq.parts, -1, *dq.shape[1:]).sum(axis=0)).astype(q.dtype)
+    if config.dkdv.parts > 1:
+        dk, dv = (_sum_pieces(x, k) for x in (dk, dv))
+    return dq, dk, dv
+
+
+def _sum_pieces(pieces: jax.Array, k: jax.Array) -> jax.Array:
+    """The sum over parts of pieces [PR, pieces, 64, D], laid out as k is."""
+    batch, keys, heads, size = k.shape
+    total = pieces.reshape(-1, batch, heads, pieces.shape[1] * pieces.shape[2], size).sum(axis=0)
+    return jnp.swapaxes(total[:, :, :keys], 1, 2).astype(k.dtype)
 
 
 def _tiles(rule: Rule, q: jax.Array) -> Tiles:
     return Tiles(*q.shape[:4], rule.config.tokens)
 
 
-def _key_source(x: jax.Array, visible: Visible, rows: int) -> Source:
-    return Source.of(x, visible.key_length, rows)
-
-
 def _merge_parts(
     tiles: Tiles, parts: int, o: jax.Array, lse: jax.Array, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Output and log-sum-exp over all keys, from those over each part of them."""
-    o, lse = o.reshape(parts, -1, *o.shape[1:]), lse.reshape(parts, -1, *lse.shape[1:])
+    o, lse = (x.reshape(parts, -1, *x.shape[1:]) for x in (o, lse))
     top = lse.max(axis=0)
     weights = jnp.where(lse == EMPTY_LSE, 0.0, jnp.exp(lse - top))
     total = weights.sum(axis=0)
     empty = total == 0.0
     weights = weights / jnp.where(empty, 1.0, total)
-    o = sum(tiles.unpack(w)[..., None] * x for w, x in zip(weights, o, strict=True))
-    return o.astype(dtype), jnp.where(empty, EMPTY_LSE, top + jnp.log(jnp.where(empty, 1.0, total)))
+    o = tiles.unpack(jnp.sum(weights[..., None] * o, axis=0)).astype(dtype)
+    return o, jnp.where(empty, EMPTY_LSE, top + jnp.log(jnp.where(empty, 1.0, total)))

@@ -14,7 +14,6 @@ from pallas_kernels.common import EMPTY_LSE
 from pallas_kernels.gpu import COLUMN_LAYOUT, HIDDEN, ROW_LAYOUT, TILE_ROWS
 from pallas_kernels.gpu_flash_config import CONSUMERS, KEY_ROWS, KeyConfig, QueryConfig
 from pallas_kernels.gpu_flash_kernels import (
-    Source,
     decode_item,
     drain,
     fetch,
@@ -24,11 +23,13 @@ from pallas_kernels.gpu_flash_kernels import (
     launch,
     over_items,
     share_registers,
-    store_tile,
     three_loops,
+    result_memory,
     tile_copies,
+    tile_results,
+    write_tile,
 )
-from pallas_kernels.gpu_flash_plan import Tiles, granule
+from pallas_kernels.gpu_flash_plan import Tiles
 
 
 def row_terms(
@@ -51,32 +52,31 @@ def query_gradient(
     tiles: Tiles,
     window: int | None,
     q: Float[jax.Array, "B T N G D"],
-    k: Source,
-    v: Source,
+    k: tuple[jax.Array, ...],
+    v: tuple[jax.Array, ...],
     do: Float[jax.Array, "B T N G D"],
     terms: Float32[jax.Array, "R tiles 2 64"],
     ends: Int32[jax.Array, "B stripes 64"],
     items: Int32[jax.Array, "items 4"],
-) -> Float[jax.Array, "PB T N G D"]:
-    """The gradient of q, of each part of the keys in turn; float32 if there are parts."""
+) -> jax.Array:
+    """The gradient of q, as `tile_results` says."""
     size = q.shape[4]
     scale = size**-0.5 * gpu.LOG2_E
     consumers, stages = config.consumers, config.stages
     count = items.shape[0]
     programs = min(count, programs)
-    dq_dtype = q.dtype if config.parts == 1 else jnp.float32
-    bounded = len(k.arrays)
+    bounded = len(k)
 
     def body(q_ref, do_ref, terms_ref, ends_ref, items_ref, *rest):
         k_refs, v_refs = rest[:bounded], rest[bounded : 2 * bounded]
-        dq_ref, q_smem, do_smem, k_smem, v_smem, dq_smem, terms_smem, ends_smem, *barriers = rest[2 * bounded :]
-        q_ready, q_free, k_loaded, v_loaded, k_free, v_free = barriers
+        dq_ref, q_smem, do_smem, k_smem, v_smem, terms_smem, ends_smem, *rest = rest[2 * bounded :]
+        *dq_smem, q_ready, q_free, k_loaded, v_loaded, k_free, v_free = rest
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < consumers)
         def _():
             share_registers(consumers, "increase")
-            q_tile, do_tile, dq_tile = (x.at[warpgroup] for x in (q_smem, do_smem, dq_smem))
+            q_tile, do_tile = q_smem.at[warpgroup], do_smem.at[warpgroup]
 
             def differentiate(_, item, about, done):
                 begin, steps, whole_from, whole_to = about
@@ -124,11 +124,8 @@ def query_gradient(
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 # Query and cotangent of a row without keys may be NaN.
                 empty = lax.broadcast_in_dim(row_end <= 0, dq.shape, [0])
-                dq_tile[...] = jnp.where(empty, 0.0, dq * size**-0.5).astype(dq_dtype)
-                plgpu.commit_smem()
-                pl.when(tile >= 0)(
-                    lambda: store_tile(tiles, dq_tile, dq_ref, part * tiles.batch + b, n, tile)
-                )
+                dq = jnp.where(empty, 0.0, dq * size**-0.5)
+                write_tile(tiles, dq, dq_smem, dq_ref, part, b, n, tile)
                 return done + steps
 
             over_items(count, programs, 4, items_ref, differentiate, jnp.int32(0))
@@ -158,18 +155,18 @@ def query_gradient(
             done = over_items(count, programs, 4, items_ref, fetch_item, jnp.int32(0))
             drain(stages, done, q_free, (k_free, v_free))
 
-    pieces = config.keys // granule(config.keys)
+    pieces = config.keys // KEY_ROWS
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((config.parts * q.shape[0], *q.shape[1:]), dq_dtype),
+        out_type=tile_results(config.parts, tiles, q),
         scratch_types=(
             gpu.tile_memory((consumers, TILE_ROWS, size), q.dtype),
             gpu.tile_memory((consumers, TILE_ROWS, size), q.dtype),
             gpu.tile_memory((stages, config.keys, size), q.dtype),
             gpu.tile_memory((stages, config.keys, size), q.dtype),
-            gpu.tile_memory((consumers, TILE_ROWS, size), dq_dtype),
             plgpu.SMEM((consumers, 2, TILE_ROWS), jnp.float32),
             plgpu.SMEM((consumers, TILE_ROWS), jnp.int32),
+            *result_memory(config.parts, consumers, size, q.dtype),
             plgpu.Barrier(num_arrivals=consumers * (2 * tile_copies(tiles) + 2)),
             plgpu.Barrier(num_arrivals=consumers),
             plgpu.Barrier(num_arrivals=pieces, num_barriers=stages),
@@ -179,7 +176,7 @@ def query_gradient(
         ),
         interpret=interpret,
         **launch(count, programs, consumers),
-    )(q, do, terms, ends, items, *k.arrays, *v.arrays)
+    )(q, do, terms, ends, items, *k, *v)
 
 
 def key_gradients(
@@ -188,33 +185,32 @@ def key_gradients(
     interpret: Any,
     tiles: Tiles,
     window: int | None,
-    q: Source,
-    k: Source,
-    v: Source,
-    do: Source,
+    q: tuple[jax.Array, ...],
+    k: tuple[jax.Array, ...],
+    v: tuple[jax.Array, ...],
+    do: tuple[jax.Array, ...],
     terms: Float32[jax.Array, "R tiles 2 64"],
     ends: Int32[jax.Array, "B stripes 64"],
     items: Int32[jax.Array, "items 10"],
-) -> tuple[Float[jax.Array, "PB S N D"], Float[jax.Array, "PB S N D"]]:
-    """The gradients of k and v, of each part of the queries in turn; float32 if there are parts.
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of k and v [B, S, N, D]; of parts of the queries, float32 pieces of 64 keys [PR, pieces, 64, D].
 
     Transposed products keep the probabilities in registers: S^T = K Q^T and dP^T = V dO^T are the left operands of
     dV += P^T dO and dK += dS^T Q.
     """
-    keys, size = k.arrays[0].shape[1], k.arrays[0].shape[3]
-    dtype = k.arrays[0].dtype
+    keys, size = k[0].shape[1], k[0].shape[3]
+    dtype = k[0].dtype
     scale = size**-0.5 * gpu.LOG2_E
     stages = config.stages
     count = items.shape[0]
     programs = min(count, programs)
-    out_dtype = dtype if config.parts == 1 else jnp.float32
-    bounded, bounded_keys = len(q.arrays), len(k.arrays)
+    bounded, bounded_keys = len(q), len(k)
 
     def body(terms_ref, ends_ref, items_ref, *rest):
         q_refs, do_refs, rest = rest[:bounded], rest[bounded : 2 * bounded], rest[2 * bounded :]
         k_refs, v_refs, rest = rest[:bounded_keys], rest[bounded_keys : 2 * bounded_keys], rest[2 * bounded_keys :]
-        dk_ref, dv_ref, k_smem, v_smem, q_smem, do_smem, out_smem, terms_smem, ends_smem, *barriers = rest
-        keys_ready, keys_free, loaded, free = barriers
+        dk_ref, dv_ref, k_smem, v_smem, q_smem, do_smem, terms_smem, ends_smem, *rest = rest
+        *out_smem, keys_ready, keys_free, loaded, free = rest
         warpgroup = lax.axis_index("warpgroup")
 
         def decode(item):
@@ -226,7 +222,7 @@ def key_gradients(
         @pl.when(warpgroup < CONSUMERS)
         def _():
             plgpu.set_max_registers(240, action="increase")
-            k_tile, v_tile, out_tile = (x.at[warpgroup] for x in (k_smem, v_smem, out_smem))
+            k_tile, v_tile = k_smem.at[warpgroup], v_smem.at[warpgroup]
             shape = (KEY_ROWS, TILE_ROWS)
 
             def differentiate(_, item, about, done):
@@ -295,14 +291,18 @@ def key_gradients(
                 plgpu.barrier_arrive(keys_free)
 
                 for value, target in ((dk * size**-0.5, dk_ref), (dv, dv_ref)):
+                    if not out_smem:
+                        target[part * tiles.rows + b * tiles.heads + n, key_tile * CONSUMERS + warpgroup] = value
+                        continue
+                    staged = out_smem[0].at[warpgroup]
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    out_tile[...] = value.astype(out_dtype)
+                    staged[...] = value.astype(dtype)
                     plgpu.commit_smem()
 
                     @pl.when(origin < keys)
-                    def _(target=target):
+                    def _(target=target, staged=staged):
                         rows = pl.ds(pl.multiple_of(origin, KEY_ROWS), KEY_ROWS)
-                        plgpu.copy_smem_to_gmem(out_tile, target.at[part * tiles.batch + b, rows, n])
+                        plgpu.copy_smem_to_gmem(staged, target.at[b, rows, n])
 
                 return done + steps
 
@@ -323,8 +323,8 @@ def key_gradients(
 
                 for c in range(CONSUMERS):
                     index = key_tile * CONSUMERS + c
-                    fetch(k_refs, KEY_ROWS, b, index, (n,), k_smem.at[c], keys_ready)
-                    fetch(v_refs, KEY_ROWS, b, index, (n,), v_smem.at[c], keys_ready)
+                    fetch(k_refs, b, index, (n,), k_smem.at[c], keys_ready)
+                    fetch(v_refs, b, index, (n,), v_smem.at[c], keys_ready)
 
                 def step(i, _):
                     place = done + i
@@ -339,7 +339,7 @@ def key_gradients(
                     for refs, ring in ((q_refs, q_smem), (do_refs, do_smem)):
                         if tiles.tokens == TILE_ROWS:
                             where = (n, lax.rem(tile, tiles.heads_apart))
-                            fetch(refs, TILE_ROWS, b, stripe, where, ring.at[slot], loaded.at[slot])
+                            fetch(refs, b, stripe, where, ring.at[slot], loaded.at[slot])
                         else:
                             fetch_tile(tiles, refs[0], b, n, tile, ring.at[slot], loaded.at[slot])
                     plgpu.copy_gmem_to_smem(ends_ref.at[b, stripe], ends_smem.at[slot], loaded.at[slot])
@@ -352,7 +352,11 @@ def key_gradients(
             done = over_items(count, programs, 10, items_ref, fetch_item, jnp.int32(0))
             drain(stages, done, keys_free, (free,))
 
-    out = jax.ShapeDtypeStruct((config.parts * tiles.batch, keys, tiles.heads, size), out_dtype)
+    if config.parts == 1:
+        out = jax.ShapeDtypeStruct(k[0].shape, dtype)
+    else:
+        pieces = count // (config.parts * tiles.rows) * CONSUMERS
+        out = jax.ShapeDtypeStruct((config.parts * tiles.rows, pieces, KEY_ROWS, size), jnp.float32)
     return plgpu.kernel(
         body,
         out_type=(out, out),
@@ -361,9 +365,9 @@ def key_gradients(
             gpu.tile_memory((CONSUMERS, KEY_ROWS, size), dtype),
             gpu.tile_memory((stages, TILE_ROWS, size), dtype),
             gpu.tile_memory((stages, TILE_ROWS, size), dtype),
-            gpu.tile_memory((CONSUMERS, KEY_ROWS, size), out_dtype),
             plgpu.SMEM((stages, 2, TILE_ROWS), jnp.float32),
             plgpu.SMEM((stages, TILE_ROWS), jnp.int32),
+            *result_memory(config.parts, CONSUMERS, size, dtype),
             plgpu.Barrier(num_arrivals=2 * CONSUMERS),
             plgpu.Barrier(num_arrivals=CONSUMERS),
             plgpu.Barrier(num_arrivals=2 * tile_copies(tiles) + 2, num_barriers=stages),
@@ -371,4 +375,4 @@ def key_gradients(
         ),
         interpret=interpret,
         **launch(count, programs, CONSUMERS),
-    )(terms, ends, items, *q.arrays, *do.arrays, *k.arrays, *v.arrays)
+    )(terms, ends, items, *q, *do, *k, *v)

@@ -22,7 +22,7 @@ class QueryConfig:
     """A kernel whose tiles are queries (forward and dq).
 
     Attributes:
-      keys: of one step, a multiple of 32.
+      keys: of one step, a multiple of 64.
       stages: steps whose keys and values are in shared memory.
       consumers: warpgroups, each with 64 rows of queries, which share the keys; 1 or 2.
       parts: ways the keys are split, for few queries; float32 results of the parts are merged after the kernel.
@@ -34,9 +34,9 @@ class QueryConfig:
     parts: int = 1
 
     def __post_init__(self):
-        if self.keys % 32 or not 0 < self.keys <= 256 or self.stages < 2 or self.consumers not in (1, 2):
+        if self.keys % KEY_ROWS or not 0 < self.keys <= 256 or self.stages < 2 or self.consumers not in (1, 2):
             raise ValueError(
-                f"{self} is no tile configuration, expected keys a multiple of 32 up to 256, stages of at least 2 and "
+                f"{self} is no tile configuration, expected keys a multiple of 64 up to 256, stages of at least 2 and "
                 "1 or 2 consumers"
             )
 
@@ -85,7 +85,7 @@ class Config:
         tile = TILE_ROWS * head_dim * 2
 
         def results(parts: int) -> int:
-            return tile if parts == 1 else 2 * tile
+            return tile if parts == 1 else 0
 
         def ring(config: QueryConfig) -> int:
             return 2 * config.stages * config.keys * head_dim * 2
@@ -121,17 +121,19 @@ def heuristic(
     consumers = min(2, units)
     items = rows * -(-units // consumers)
     reach = keys if window is None else min(keys, window + tokens)
-    # Two steps of 160 keys are what 64 queries see through a window of 256.
-    forward_keys = 160 if window is not None and window % 320 == 256 and not few else 128
-    dq_keys = 64 if window is not None or not wide else 96
+    # What 64 queries see through a window of 256 is five times 64 keys.
+    narrow = window is not None and -(-(window + tokens) // 128) * 2 > -(-(window + tokens) // 64)
+    forward_keys = 64 if narrow else 128
+    forward_stages = 4 if narrow else 2
     parts = split(items, reach // 512)
     key_items = rows * -(-keys // (CONSUMERS * KEY_ROWS))
     key_parts = split(key_items, units if window is None else 1)
+    double = 1 if wide else 2
     return Config(
         tokens=tokens,
-        forward=QueryConfig(keys=forward_keys, stages=2 if wide else 4, consumers=consumers, parts=parts),
-        dq=QueryConfig(keys=dq_keys, stages=2 if wide and parts > 1 else 3 if dq_keys == 64 else 2, consumers=consumers, parts=parts),
-        dkdv=KeyConfig(stages=(3 if key_parts > 1 else 4) if wide else 6, parts=key_parts),
+        forward=QueryConfig(forward_keys, forward_stages * double, consumers, parts),
+        dq=QueryConfig(KEY_ROWS, 3 * double, consumers, parts),
+        dkdv=KeyConfig(3 * double, key_parts),
     )
 
 

@@ -5,7 +5,6 @@ a third keeps a ring of keys and values full, across items too. The two take tur
 other's products run (FlashAttention-3, arXiv 2407.08608, section 3.1). docs/kernels.md draws it.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -21,31 +20,19 @@ from jaxtyping import Float, Float32, Int, Int32
 from pallas_kernels import gpu
 from pallas_kernels.common import EMPTY_LSE
 from pallas_kernels.gpu import ROW_LAYOUT, TILE_ROWS, Ref
-from pallas_kernels.gpu_flash_config import HEAD_ROWS, QueryConfig
-from pallas_kernels.gpu_flash_plan import Tiles, edge, granule
+from pallas_kernels.gpu_flash_config import HEAD_ROWS, KEY_ROWS, QueryConfig
+from pallas_kernels.gpu_flash_plan import Tiles, edge
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """An array [B, L, ...] that kernels copy from, and what they read instead past its row's valid length.
-
-    Attributes:
-      arrays: the array; with a length also its `gpu_flash_plan.edge` and the length [B].
-      rows: entries of one copy.
-    """
-
-    arrays: tuple[jax.Array, ...]
-    rows: int
-
-    @classmethod
-    def of(cls, x: Float[jax.Array, "B L ..."], length: Int[jax.Array, "B"] | None, rows: int) -> "Source":
-        """The source of x, NaN past `length` if one is given."""
-        return cls((x,) if length is None else (x, edge(x, length, rows), length.astype(jnp.int32)), rows)
+def source(x: Float[jax.Array, "B L ..."], length: Int[jax.Array, "B"] | None) -> tuple[jax.Array, ...]:
+    """The arrays from which `fetch` copies x: with a length, past which x may hold NaN, also its `edge` and the length."""
+    return (x,) if length is None else (x, edge(x, length), length.astype(jnp.int32))
 
 
-def fetch(refs: tuple[Ref, ...], rows: int, batch: Any, index: Any, where: tuple[Any, ...], to: Ref, ready: Ref) -> None:
-    """Starts the copy of entries [index * rows, (index + 1) * rows) of a Source's arrays; `where` are the later axes."""
+def fetch(refs: tuple[Ref, ...], batch: Any, index: Any, where: tuple[Any, ...], to: Ref, ready: Ref) -> None:
+    """Starts the copy of the 64 entries from index * 64 on of the arrays of `source`; `where` are the later axes."""
     source, *bounded = refs
+    rows = TILE_ROWS
 
     def copy(source: Ref, first: Any) -> None:
         plgpu.copy_gmem_to_smem(source.at[(batch, pl.ds(pl.multiple_of(first, rows), rows), *where)], to, ready)
@@ -87,6 +74,36 @@ def store_tile(tiles: Tiles, source: Ref, target: Ref, batch: Any, head: Any, ti
         def _(i=i, token=token):
             rows = pl.ds(i * HEAD_ROWS, HEAD_ROWS)
             plgpu.copy_smem_to_gmem(source.at[rows], target.at[batch, token, head, pl.ds(0, HEAD_ROWS)])
+
+
+def tile_results(parts: int, tiles: Tiles, like: Any) -> jax.ShapeDtypeStruct:
+    """What a kernel over tiles of queries returns: an array like the queries; of parts, float32 tiles [PR, tiles, 64, D]."""
+    if parts == 1:
+        return jax.ShapeDtypeStruct(like.shape, like.dtype)
+    return jax.ShapeDtypeStruct((parts * tiles.rows, tiles.count, TILE_ROWS, like.shape[-1]), jnp.float32)
+
+
+def result_memory(parts: int, consumers: int, size: int, dtype: Any) -> tuple[Any, ...]:
+    """Shared memory through which results leave; those of parts, which are few, leave from registers."""
+    return (gpu.tile_memory((consumers, TILE_ROWS, size), dtype),) if parts == 1 else ()
+
+
+def write_tile(
+    tiles: Tiles, value: jax.Array, memory: list[Ref], target: Ref, part: Any, batch: Any, head: Any, tile: Any
+) -> None:
+    """Writes the calling warpgroup's tile to `tile_results`, by a copy that may read the memory until the next one."""
+    if not memory:
+
+        @pl.when(tile >= 0)
+        def _():
+            target[part * tiles.rows + batch * tiles.heads + head, jnp.maximum(tile, 0)] = value
+
+        plgpu.commit_smem()
+        return
+    staged = memory[0].at[lax.axis_index("warpgroup")]
+    staged[...] = value.astype(staged.dtype)
+    plgpu.commit_smem()
+    pl.when(tile >= 0)(lambda: store_tile(tiles, staged, target, batch, head, tile))
 
 
 def tile_copies(tiles: Tiles) -> int:
@@ -146,9 +163,8 @@ def fetch_keys(
 ) -> Any:
     """Fills the ring with the steps of an item, for each (arrays, ring, loaded, free); returns the steps done then."""
     begin, steps = about[:2]
-    rows = granule(config.keys)
-    pieces = config.keys // rows
-    first = lax.div(begin, rows)
+    first = lax.div(begin, KEY_ROWS)
+    pieces = config.keys // KEY_ROWS
 
     def step(i: Any, _: None) -> None:
         place = done + i
@@ -160,8 +176,8 @@ def fetch_keys(
                 plgpu.barrier_wait(free.at[slot])
 
             for piece in range(pieces):
-                to = ring.at[slot, pl.ds(piece * rows, rows)]
-                fetch(refs, rows, batch, first + i * pieces + piece, (head,), to, loaded.at[slot])
+                to = ring.at[slot, pl.ds(piece * KEY_ROWS, KEY_ROWS)]
+                fetch(refs, batch, first + i * pieces + piece, (head,), to, loaded.at[slot])
 
     lax.fori_loop(0, steps, step, None)
     return done + steps
@@ -220,11 +236,11 @@ def forward(
     tiles: Tiles,
     window: int | None,
     q: Float[jax.Array, "B T N G D"],
-    k: Source,
-    v: Source,
+    k: tuple[jax.Array, ...],
+    v: tuple[jax.Array, ...],
     ends: Int32[jax.Array, "B stripes 64"],
     items: Int32[jax.Array, "items 4"],
-) -> tuple[Float[jax.Array, "PB T N G D"], Float32[jax.Array, "PR tiles 64"]]:
+) -> tuple[jax.Array, Float32[jax.Array, "PR tiles 64"]]:
     """Runs the forward kernel.
 
     Args:
@@ -234,26 +250,25 @@ def forward(
       tiles: how the queries are cut.
       window: keys that a query sees at most.
       q: queries.
-      k: keys, in copies of `granule(config.keys)`.
+      k: `source` of the keys.
       v: values, likewise.
       ends: from `Tiles.row_ends`.
       items: from `gpu_flash_plan.query_items`.
 
     Returns:
-      Output and natural log-sum-exp, of each part of the keys in turn; the output is float32 if there are parts.
+      Output, as `tile_results` says, and the natural log-sum-exp of the rows of each tile, part by part.
     """
     size = q.shape[4]
     scale = size**-0.5 * gpu.LOG2_E
     consumers, stages = config.consumers, config.stages
     count = items.shape[0]
     programs = min(count, programs)
-    o_dtype = q.dtype if config.parts == 1 else jnp.float32
-    bounded = len(k.arrays)
+    bounded = len(k)
 
     def body(q_ref, ends_ref, items_ref, *rest):
         k_refs, v_refs = rest[:bounded], rest[bounded : 2 * bounded]
-        o_ref, lse_ref, q_smem, k_smem, v_smem, o_smem, ends_smem, lse_smem, *barriers = rest[2 * bounded :]
-        q_ready, q_free, k_loaded, v_loaded, k_free, v_free, turn = barriers
+        o_ref, lse_ref, q_smem, k_smem, v_smem, ends_smem, lse_smem, *rest = rest[2 * bounded :]
+        *o_smem, q_ready, q_free, k_loaded, v_loaded, k_free, v_free, turn = rest
         warpgroup = lax.axis_index("warpgroup")
 
         def rendezvous():
@@ -264,7 +279,7 @@ def forward(
         @pl.when(warpgroup < consumers)
         def _():
             share_registers(consumers, "increase")
-            q_tile, o_tile, lse_tile = (x.at[warpgroup] for x in (q_smem, o_smem, lse_smem))
+            q_tile, lse_tile = q_smem.at[warpgroup], lse_smem.at[warpgroup]
 
             def attend(_, item, about, done):
                 begin, steps, whole_from, whole_to = about
@@ -324,14 +339,13 @@ def forward(
                 empty = total == 0.0
                 divisor = jnp.where(empty, 1.0, total)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                o_tile[...] = (acc * lax.broadcast_in_dim(1.0 / divisor, acc.shape, [0])).astype(o_dtype)
                 lse_tile[...] = jnp.where(empty, EMPTY_LSE, top * math.log(2) + jnp.log(divisor))
-                plgpu.commit_smem()
+                o = acc * lax.broadcast_in_dim(1.0 / divisor, acc.shape, [0])
+                write_tile(tiles, o, o_smem, o_ref, part, b, n, tile)
 
                 @pl.when(tile >= 0)
                 def _():
-                    store_tile(tiles, o_tile, o_ref, part * tiles.batch + b, n, tile)
-                    row = (part * tiles.batch + b) * tiles.heads + n
+                    row = part * tiles.rows + b * tiles.heads + n
                     plgpu.copy_smem_to_gmem(lse_tile, lse_ref.at[row, tile])
 
                 return done + steps
@@ -364,20 +378,20 @@ def forward(
             done = over_items(count, programs, 4, items_ref, fetch_item, jnp.int32(0))
             drain(stages, done, q_free, (k_free, v_free))
 
-    pieces = config.keys // granule(config.keys)
+    pieces = config.keys // KEY_ROWS
     return plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((config.parts * q.shape[0], *q.shape[1:]), o_dtype),
+            tile_results(config.parts, tiles, q),
             jax.ShapeDtypeStruct((config.parts * tiles.rows, tiles.count, TILE_ROWS), jnp.float32),
         ),
         scratch_types=(
             gpu.tile_memory((consumers, TILE_ROWS, size), q.dtype),
             gpu.tile_memory((stages, config.keys, size), q.dtype),
             gpu.tile_memory((stages, config.keys, size), q.dtype),
-            gpu.tile_memory((consumers, TILE_ROWS, size), o_dtype),
             plgpu.SMEM((consumers, TILE_ROWS), jnp.int32),
             plgpu.SMEM((consumers, TILE_ROWS), jnp.float32),
+            *result_memory(config.parts, consumers, size, q.dtype),
             plgpu.Barrier(num_arrivals=consumers * (tile_copies(tiles) + 1)),
             plgpu.Barrier(num_arrivals=consumers),
             plgpu.Barrier(num_arrivals=pieces, num_barriers=stages),
@@ -388,4 +402,4 @@ def forward(
         ),
         interpret=interpret,
         **launch(count, programs, consumers),
-    )(q, ends, items, *k.arrays, *v.arrays)
+    )(q, ends, items, *k, *v)

@@ -5,7 +5,6 @@ of one KV head are numbered; those of the same tokens and different heads are ne
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -75,13 +74,17 @@ class Tiles:
             absent |= jnp.arange(TILE_ROWS) % HEAD_ROWS >= self.group
         return absent
 
-    def unpack(self, x: Float32[jax.Array, "rows tiles 64"]) -> Float32[jax.Array, "B T N G"]:
-        """The inverse of `pack`."""
+    def unpack(self, x: Float32[jax.Array, "rows tiles 64 ..."]) -> Float32[jax.Array, "B T N G ..."]:
+        """The inverse of `pack`, for any number of values per row."""
+        rest = x.shape[3:]
         if self.tokens == TILE_ROWS:
-            x = x.reshape(self.batch, self.heads, self.stripes, self.group, self.tokens).transpose(0, 2, 4, 1, 3)
+            x = x.reshape(self.batch, self.heads, self.stripes, self.group, self.tokens, -1)
+            x = x.transpose(0, 2, 4, 1, 3, 5)
         else:
-            x = x.reshape(self.batch, self.heads, self.stripes, self.tokens, HEAD_ROWS).transpose(0, 2, 3, 1, 4)
-        return x.reshape(self.batch, -1, self.heads, x.shape[4])[:, : self.queries, :, : self.group]
+            x = x.reshape(self.batch, self.heads, self.stripes, self.tokens, HEAD_ROWS, -1)
+            x = x.transpose(0, 2, 3, 1, 4, 5)
+        x = x.reshape(self.batch, -1, self.heads, x.shape[4], *rest)
+        return x[:, : self.queries, :, : self.group]
 
     def row_ends(self, end: Int[jax.Array, "B T"]) -> Int32[jax.Array, "B stripes 64"]:
         """The end of each row of a tile, the same for all heads; what follows the last query repeats it."""
@@ -111,8 +114,7 @@ def query_items(
     low, high, whole_low, whole_high = (x[:, stripe] for x in bounds(ends, window))
     low, high = low.min(axis=-1), high.max(axis=-1)
     whole_low, whole_high = whole_low.max(axis=-1), whole_high.min(axis=-1)
-    piece = granule(config.keys)
-    first = low // piece * piece
+    first = low // KEY_ROWS * KEY_ROWS
     steps = jnp.maximum(-(-(high - first) // config.keys), 0)
     whole_from = -(-(whole_low - first) // config.keys)
     whole_to = (whole_high - first) // config.keys
@@ -166,13 +168,9 @@ def key_items(
     ).reshape(-1, items.shape[-1])
 
 
-def granule(keys: int) -> int:
-    """Keys of one copy: they divide a step's keys and are at most a tile."""
-    return math.gcd(keys, TILE_ROWS)
-
-
-def edge(x: Float[jax.Array, "B L ..."], length: Int[jax.Array, "B"], rows: int) -> Float[jax.Array, "B R ..."]:
-    """What a kernel reads where x goes past `length`: the `rows` entries across it, zeros past it, and zeros alone."""
+def edge(x: Float[jax.Array, "B L ..."], length: Int[jax.Array, "B"]) -> Float[jax.Array, "B 128 ..."]:
+    """What a kernel reads where x goes past `length`: the 64 entries across it, zeros past it, and 64 zeros."""
+    rows = TILE_ROWS
     place = length[:, None] // rows * rows + jnp.arange(rows)
     shape = (*place.shape, *(1,) * (x.ndim - 2))
     across = jnp.take_along_axis(x, jnp.minimum(place, x.shape[1] - 1).reshape(shape), axis=1)
