@@ -93,7 +93,7 @@ def test_ragged_rows_later_queries_and_several_chunks():
 
 
 def test_no_races():
-    compare(jnp.bfloat16, 2, 64, queries=64, q_offset=1100, places=3, config=config(columns=64), races=True)
+    compare(jnp.bfloat16, 2, 64, queries=64, q_offset=2400, places=3, config=config(stages=3, columns=64), races=True)
 
 
 def test_wide_heads_and_three_consumers():
