@@ -1,7 +1,7 @@
 """Times block selection on Hopper beside XLA's top_k and its own floors, after checking it.
 
     python -m benchmarks.choose_gpu --checks --json=CHECKS.json
-    python -m benchmarks.choose_gpu --lengths 65536 131072 --tune=65536 --json=TIMES.json
+    python -m benchmarks.choose_gpu --lengths 65536 131072 --pieces=65536 --json=TIMES.json
 
 Shapes are VideoNSA-7B's (28 query heads over 4 KV heads of 128, blocks of 64, 32 places, bfloat16, batch 1). Three
 kinds of block means: `flat`, means of 64 normal keys (all blocks nearly alike); `normal`; `sharp`, normal times 3.
@@ -10,13 +10,11 @@ taken, within 1e-4. A step that fails is reported and the next one runs; a step 
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import json
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -239,46 +237,17 @@ def count_floors(queries: int) -> dict[str, float]:
     }
 
 
-Case = tuple[str, Callable[..., Any], list[tuple[Any, ...]]]
-
-
-def time_all(cases: list[Case], record: dict[str, Any], save: Callable[[], None]) -> None:
-    """Compiles the cases side by side, then times them one by one."""
-
-    def first_call(case: Case) -> None:
-        try:
-            jax.block_until_ready(case[1](*case[2][0]))
-        except Exception:
-            traceback.print_exc(limit=2)
-
-    with concurrent.futures.ThreadPoolExecutor(12) as pool:
-        list(pool.map(first_call, cases))
-    report(record, "seconds at first calls", time.monotonic() - _began)
-    for name, fn, inputs in cases:
-        attempt(record, name, lambda: median_ms(fn, inputs, 3))  # noqa: B023
-        save()
-
-
-def time_whole(queries: int, record: dict[str, Any], tune: bool, save: Callable[[], None]) -> None:
-    """Checks and times the whole operation."""
+def time_whole(queries: int, record: dict[str, Any]) -> None:
+    """Times and checks the whole operation."""
     report(record, "floors", count_floors(queries))
-    inputs = [draw(queries, seed, SPREADS["normal"]) for seed in range(2)]
-    other = {name: draw(queries, 7, SPREADS[name]) for name in ("flat", "sharp")}
+    inputs = {name: draw(queries, seed, spread) for seed, (name, spread) in enumerate(SPREADS.items())}
     whole = jax.jit(select)
-    words_of_inputs = jax.jit(functools.partial(select, words=True))
-    cases: list[Case] = [("whole", whole, inputs), ("words", words_of_inputs, inputs)]
-    if tune:
-        stages = gpu_config.heuristic(SIZE).stages
-        for size in (1 << 27, 1 << 29):
-            config = gpu_config.Config(stages, score_bytes=size)
-            fn = jax.jit(functools.partial(select, words=True, config=config))
-            cases.append((f"words, chunks of {size >> 20} MiB", fn, inputs))
-    cases += [(f"whole, {name}", whole, [x]) for name, x in other.items()]
-    time_all(cases, record, save)
-    same = jax.jit(lambda a, b: (a == b).all())
-    attempt(record, "same bits", lambda: bool(same(whole(*inputs[0]), whole(*inputs[0]))))
-    for name, x in {"normal": inputs[0], **other}.items():
+    attempt(record, "whole", lambda: median_ms(whole, [inputs["normal"]]))
+    for name, x in inputs.items():
+        attempt(record, f"whole, {name}", lambda: median_ms(whole, [x], 3))  # noqa: B023
         attempt(record, f"check, {name}", lambda: check_choice(whole(*x), x))  # noqa: B023
+    x = inputs["normal"]
+    attempt(record, "same bits", lambda: bool((whole(*x) == whole(*x)).all()))
     stats = jax.devices()[0].memory_stats() or {}
     report(record, "peak GiB of the process", stats.get("peak_bytes_in_use", 0) / 2**30)
 
@@ -292,10 +261,12 @@ def time_pieces(queries: int, record: dict[str, Any], save: Callable[[], None]) 
     start = jnp.array([queries - chunk], jnp.int32)
     report(record, "chunk", chunk)
     args = [(*prepare(*x), start) for x in inputs]
-    cases: list[Case] = []
-    for stages, columns, consumers in ((3, 128, 2), (2, 128, 2), (6, 64, 2), (6, 64, 3), (3, 128, 3)):
-        fn = score(gpu_config.Config(stages, columns, consumers), chunk)
-        cases.append((f"importance, last chunk, {stages} stages of {columns}, {consumers} consumers", fn, args))
+
+    def time_one(name: str, fn: Callable[..., Any], inputs: list[tuple[Any, ...]]) -> None:
+        attempt(record, name, lambda: median_ms(jax.jit(fn), inputs, 3))
+        save()
+
+    time_one("importance, last chunk", score(config, chunk), args)
     scores = [(score(config, chunk)(*x),) for x in args]
     current = (jnp.arange(queries, dtype=jnp.int32) // BLOCK)[None]
     last = args[0][3]
@@ -306,31 +277,35 @@ def time_pieces(queries: int, record: dict[str, Any], save: Callable[[], None]) 
             config, None, values, width, current, last, start, block_count=places, init_blocks=0, local_blocks=1
         )
 
-    for name, places, width, values, variants in (
-        ("", PLACES, blocks + 1, 80, 4),
-        (", no search", 1 << 20, blocks + 1, 80, 4),
-        (", half the rows per warp", PLACES, blocks + 1, 40, 4),
-        (", twice the rows per warp", PLACES, blocks + 1, 160, 4),
-        (", whole words", PLACES, blocks, 80, 4),
-        (", eight variants", PLACES, blocks + 1, 80, 8),
-    ):
-        other = dataclasses.replace(config, row_values=values, variants=variants)
-        cases.append((f"top n, last chunk{name}", jax.jit(functools.partial(top, other, places, width)), scores))
+    def time_top(name: str, places: int = PLACES, width: int = blocks + 1, **changes: int) -> None:
+        other = dataclasses.replace(config, **changes)
+        time_one(f"top n, last chunk{name}", functools.partial(top, other, places, width), scores)
+
+    time_top("")
+    time_top(", no search", places=1 << 20)
+    for stages, columns, consumers in ((2, 128, 2), (6, 64, 3), (6, 64, 2), (3, 128, 3)):
+        name = f"importance, last chunk, {stages} stages of {columns}, {consumers} consumers"
+        time_one(name, score(gpu_config.Config(stages, columns, consumers), chunk), args)
+    time_top(", half the rows per warp", row_values=config.row_values // 2)
+    words = jnp.int32(1) << jax.random.randint(jax.random.key(0), (1, queries, HEADS, blocks // 32 + 1), 0, 32)
+    words = words.at[..., PLACES:].set(0)
+    time_one("indices of words", lambda w: block_words.indices_of(w, PLACES), [(words,)])
+    time_one("indices by counting", indices_by_counting, [(words,)])
+    index = jax.jit(lambda w: block_words.indices_of(w, PLACES))(words)
+    time_one("words of indices", lambda i: block_words.words_of(i, blocks + 1), [(index,)])
 
     few = [(x[:, : min(chunk, 2048)],) for (x,) in scores]
     report(record, "queries of top_k", few[0][0].shape[1])
-    best = jax.jit(lambda x: jax.lax.top_k(jnp.where(jnp.isnan(x), -1, x), PLACES, is_stable=False)[1])
-    cases.append(("lax.top_k, unstable", best, few))
+    best = functools.partial(jax.lax.top_k, k=PLACES, is_stable=False)
+    time_one("lax.top_k, unstable", lambda x: best(jnp.where(jnp.isnan(x), -1, x))[1], few)
     rows = [(q[:, -1024:], means, lse[:, -1024:]) for q, means, lse in inputs]
-    plain = jax.jit(lambda q, means, lse: jnp.exp(_logits(q, means) - lse[..., None]).sum(axis=3))
-    cases.append(("XLA importance of 1024 queries", plain, rows))
-    words = [(jax.jit(functools.partial(select, words=True))(*x),) for x in inputs]
-    to_indices = jax.jit(lambda w: block_words.indices_of(w, PLACES))
-    cases.append(("indices of words", to_indices, words))
-    cases.append(("indices by counting", jax.jit(indices_by_counting), words))
-    index = [(to_indices(*w),) for w in words]
-    cases.append(("words of indices", jax.jit(lambda i: block_words.words_of(i, blocks + 1)), index))
-    time_all(cases, record, save)
+    plain = lambda q, means, lse: jnp.exp(_logits(q, means) - lse[..., None]).sum(axis=3)  # noqa: E731
+    time_one("XLA importance of 1024 queries", plain, rows)
+    time_top(", twice the rows per warp", row_values=2 * config.row_values)
+    time_top(", whole words", width=blocks)
+    time_top(", eight variants", variants=2 * config.variants)
+    larger = dataclasses.replace(config, score_bytes=4 * config.score_bytes)
+    time_one("whole, chunks four times as large", functools.partial(select, config=larger), inputs)
 
 
 def indices_by_counting(words: jax.Array) -> jax.Array:
@@ -355,11 +330,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checks", action="store_true", help="check short inputs and time nothing")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--tune", type=int, help="time each kernel under several configurations at this length")
+    parser.add_argument("--pieces", type=int, help="time each kernel under several configurations at this length")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no length is begun")
     parser.add_argument("--json", required=True)
     args = parser.parse_args()
-    watch(45)
+    watch(25)
     result: dict[str, Any] = {
         "command": " ".join(sys.argv),
         "device": jax.devices()[0].device_kind,
@@ -373,7 +348,7 @@ def main() -> None:
 
     if args.checks:
         result["checks"] = checks = {}
-        attempt(checks, "scores", lambda: check_scores(2048))
+        attempt(checks, "scores", lambda: check_scores(16384))
         save()
         for name, check in (("small", check_small), ("other shape", check_other_shape), ("ties", check_ties)):
             attempt(checks, name, check)
@@ -385,9 +360,12 @@ def main() -> None:
             break
         print(f"T = {queries}", flush=True)
         result["lengths"][queries] = record = {}
-        attempt(record, "all", lambda: time_whole(queries, record, queries == args.tune, save))  # noqa: B023
-        if queries == args.tune:
-            attempt(record, "pieces", lambda: time_pieces(queries, record, save))  # noqa: B023
+        attempt(record, "all", lambda: time_whole(queries, record))  # noqa: B023
+        save()
+    if args.pieces:
+        print(f"pieces at T = {args.pieces}", flush=True)
+        result["pieces"] = {"T": args.pieces}
+        attempt(result["pieces"], "all", lambda: time_pieces(args.pieces, result["pieces"], save))
         save()
 
 

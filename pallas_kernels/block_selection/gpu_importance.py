@@ -66,19 +66,27 @@ def importance(
             shifts = [plgpu.load(lse_ref.at[b, n, g, tokens], layout=ROW_LAYOUT, optimized=False) for g in range(group)]
             plgpu.barrier_wait(q_ready)
 
-            @pl.loop(0, lax.div(count - warpgroup + consumers - 1, consumers))
-            def _(i):
-                j = i * consumers + warpgroup
+            # A barrier's phase is lost on who skips one: every warpgroup passes every tile.
+            @pl.loop(0, count)
+            def _(j):
                 slot = lax.rem(j, stages)
+                turn = lax.rem(j, consumers)
                 plgpu.barrier_wait(loaded.at[slot])
-                total = plgpu.layout_cast(jnp.zeros((TILE_ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
-                for g, shift in enumerate(shifts):
-                    s = gpu.product(q_smem.at[g], k_smem.at[slot].transpose((1, 0)), width)
-                    if g == group - 1:
-                        plgpu.barrier_arrive(consumed.at[slot])
-                    total += jnp.exp2(s * scale - lax.broadcast_in_dim(shift, s.shape, [0]))
-                place = (pl.ds(tile * TILE_ROWS, TILE_ROWS), pl.ds(pl.multiple_of(j * width, width), width))
-                scores_ref.at[row][place] = total
+
+                @pl.when(turn == warpgroup)
+                def _():
+                    total = plgpu.layout_cast(jnp.zeros((TILE_ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
+                    for g, shift in enumerate(shifts):
+                        s = gpu.product(q_smem.at[g], k_smem.at[slot].transpose((1, 0)), width)
+                        if g == group - 1:
+                            plgpu.barrier_arrive(consumed.at[slot])
+                        total += jnp.exp2(s * scale - lax.broadcast_in_dim(shift, s.shape, [0]))
+                    place = (pl.ds(tile * TILE_ROWS, TILE_ROWS), pl.ds(pl.multiple_of(j * width, width), width))
+                    scores_ref.at[row][place] = total
+
+                @pl.when(turn != warpgroup)
+                def _():
+                    plgpu.barrier_arrive(consumed.at[slot])
 
         @pl.when((warpgroup == consumers) & (count > 0))
         def _():
@@ -109,7 +117,7 @@ def importance(
             gpu.tile_memory((stages, width, size), q.dtype),
             plgpu.Barrier(num_arrivals=group),
             plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
         ),
         grid=(batch * heads, queries // TILE_ROWS),
         grid_names=("row", "tile"),
