@@ -80,11 +80,17 @@ def tile_memory(shape: tuple[int, ...], dtype: Any) -> Any:
 
 def product(left: jax.Array | Ref, right: Ref, columns: int, interpret: Any = None) -> jax.Array:
     """left @ right on the matrix units: 64 rows, float32; `left` in registers or shared memory."""
-    if interpret is not None and isinstance(left, jax.Array):
-        return _interpreted_product(left, right)
+    return sum_of_products([(left, right)], columns, interpret)
+
+
+def sum_of_products(parts: list[tuple[jax.Array | Ref, Ref]], columns: int, interpret: Any = None) -> jax.Array:
+    """The sum of left @ right over the parts, as `product`."""
+    if interpret is not None and any(isinstance(left, jax.Array) for left, _ in parts):
+        return sum(_interpreted_product(left[...], right) for left, right in parts)
 
     def multiply(acc_ref: Ref) -> jax.Array:
-        plgpu.wgmma(acc_ref, left, right)
+        for left, right in parts:
+            plgpu.wgmma(acc_ref, left, right)
         return acc_ref[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((TILE_ROWS, columns), jnp.float32))
@@ -131,16 +137,3 @@ def add_two_products(
             plgpu.wgmma(acc_ref, left, right)
 
     return pl.run_state(accumulate)(tuple(plgpu.ACC.init(acc) for acc in accs))
-
-
-def sum_of_products(parts: list[tuple[jax.Array | Ref, Ref]], columns: int, interpret: Any) -> jax.Array:
-    """The sum of left @ right over the parts: 64 rows, float32; each left in registers or shared memory."""
-    if interpret is not None:
-        return sum(product(left, right, columns, interpret) for left, right in parts)
-
-    def multiply(acc_ref: Ref) -> jax.Array:
-        for left, right in parts:
-            plgpu.wgmma(acc_ref, left, right)
-        return acc_ref[...]
-
-    return pl.run_scoped(multiply, plgpu.ACC((TILE_ROWS, columns), jnp.float32))

@@ -87,10 +87,10 @@ def heuristic(queries: int, rows: int, head_dim: int) -> Config:
     """
     wide = head_dim > 64
     # With 4 rows and n = 32 each of 132 multiprocessors walks over T tokens in all: as many as one sink has.
-    pieces = max(1, min(16, 32 // max(rows, 1)))
+    pieces = max(1, min(32, 64 // max(rows, 1)))
     part = max(1024, -(-queries // (pieces * TOKENS)) * TOKENS)
     return Config(
-        forward=TileConfig(stages=4 if wide else 8, consumers=3),
+        forward=TileConfig(stages=4 if wide else 8, consumers=3, q_registers=64 if wide else 0),
         dq=TileConfig(stages=4 if wide else 8),
         dkdv=BlockConfig(stages=4 if wide else 6, part=part),
     )

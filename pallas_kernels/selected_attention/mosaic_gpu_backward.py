@@ -121,15 +121,6 @@ def query_gradient(
                         p = jnp.exp2(s * scale - lax.broadcast_in_dim(row_shift, s.shape, [0]))
                         return p * (dp_ref[...] - lax.broadcast_in_dim(own_delta, s.shape, [0]))
 
-                    if consumers == 3:
-                        s = gpu.product(q_tile, k_smem.at[slot].transpose((1, 0)), BLOCK)
-                        if causal:
-                            s = jnp.where(tiling.causal_mask(entries.block(i), start + offset), s, -HIDDEN)
-                        row_shift = jnp.where(tiling.chosen_rows(mask), own_shift, HIDDEN)
-                        p = jnp.exp2(s * scale - lax.broadcast_in_dim(row_shift, s.shape, [0])).astype(k_ref.dtype)
-                        dp = gpu.product(do_tile, v_smem.at[slot].transpose((1, 0)), BLOCK)
-                        ds = p.astype(jnp.float32) * (dp - lax.broadcast_in_dim(own_delta, s.shape, [0]))
-                        return gpu.add_product(dq, ds.astype(k_ref.dtype), k_smem.at[slot], interpret)
                     acc = plgpu.ACC((TOKENS * ROWS, BLOCK), jnp.float32)
                     ds = pl.run_scoped(overlap, acc, acc)
                     return gpu.add_product(dq, ds.astype(k_ref.dtype), k_smem.at[slot], interpret)
