@@ -19,6 +19,7 @@ Floors are those of an H100: experiments/kernel_floors.py.
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import statistics
@@ -38,7 +39,6 @@ from experiments.kernel_operations import OPERATIONS, Arrays, Operation
 from pallas_kernels import block_means, block_selection, compressed_attention
 from pallas_kernels.specs import Spec
 from videonsa_jax.training.environment import environment
-from videonsa_jax.training.errors import UsageError, usage_errors
 
 PASSES = ("fwd", "fwdbwd")
 ON_GPU = ("mosaic_gpu", "cudnn_dense", "mosaic_dense")
@@ -355,15 +355,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     left_out = [name for name in (*ON_GPU, *ELSEWHERE) if name not in options.implementations]
     print(f"on {about['device']['kind']}; not asked for: {', '.join(left_out) or 'none'}\n{HEADER}")
     try:
-        with usage_errors():
-            records = run(options, save)
-            if options.json:
-                from experiments.kernel_plots import draw
-
-                draw(records, options.json)
-    except UsageError as error:
+        records = run(options, save)
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if options.json and importlib.util.find_spec("matplotlib"):
+        from experiments.kernel_plots import draw
+
+        draw(records, options.json)
+    elif options.json:
+        print(f"no matplotlib here: `python -m experiments.kernel_plots {options.json}` draws the figures elsewhere")
     print("\n".join(speedups(records)))
     return int(any("failed" in record for record in records))
 

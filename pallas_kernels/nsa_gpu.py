@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from pallas_kernels import gpu_flash, gpu_flash_config, gpu_flash_plan
 from pallas_kernels.block_selection import mosaic_gpu as block_selection
@@ -298,9 +298,14 @@ def attention(
         interpret=interpret,
         **choice,
     )
-    # A block's zeros past the length reach no result, unlike NaN times a probability of 0.
+    # Zeros past the length reach no result, unlike NaN times a probability of 0.
     k, v = (selected_attention.whole_blocks(x, length if ragged else None) for x in (k, v))
-    return _attend(settings, q, k, v, scaled_logits, block_indices, length, jnp.asarray(q_offset, jnp.int32))
+    queries = q.shape[1]
+    q, scaled_logits = (_in_eights(x) for x in (q, scaled_logits))
+    if block_indices is not None:
+        block_indices = _in_eights(block_indices, constant_values=-1)
+    o = _attend(settings, q, k, v, scaled_logits, block_indices, length, jnp.asarray(q_offset, jnp.int32))
+    return o[:, :queries]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -378,7 +383,7 @@ def _attend_backward(settings: Settings, saved: tuple[Any, ...], do: jax.Array) 
         lse = lse - log_gates[..., BRANCHES.index(name)]
         dq, dk, dv = branch.backward(settings, q, keys, values, do, lse, delta, prepared)
         if compressed:
-            dk, dv = (_over_keys(x, settings.block_size, k.shape[1]) for x in (dk, dv))
+            dk, dv = (_over_keys(settings, x, k.shape[1]) for x in (dk, dv))
         for parts, part in zip((dqs, dks, dvs), (dq, dk, dv), strict=True):
             parts.append(part)
     dlogits = dgates * gates * (1 - gates)
@@ -388,20 +393,26 @@ def _attend_backward(settings: Settings, saved: tuple[Any, ...], do: jax.Array) 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def _in_eights(x: Shaped[jax.Array, "B L ..."], **how: Any) -> Shaped[jax.Array, "B P ..."]:
+    """Pads to a multiple of 8 entries: the copy engine takes many from no other array."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % 8), *[(0, 0)] * (x.ndim - 2)], **how)
+
+
 def _block_means(settings: Settings, *arrays: Float[jax.Array, "B S N D"]) -> tuple[Float[jax.Array, "B M N D"], ...]:
-    """The means of the complete blocks of keys and values, which come in whole blocks."""
+    """The means of the complete blocks of keys and values, and zeros up to a multiple of 8."""
 
     def mean(x: jax.Array) -> jax.Array:
         batch, keys, *rest = x.shape
         blocks = x.reshape(batch, keys // settings.block_size, settings.block_size, *rest)
-        return blocks[:, : settings.complete_blocks].mean(axis=2, dtype=jnp.float32).astype(x.dtype)
+        return _in_eights(blocks[:, : settings.complete_blocks].mean(axis=2, dtype=jnp.float32).astype(x.dtype))
 
     return tuple(map(mean, arrays))
 
 
-def _over_keys(x: Float[jax.Array, "B M N D"], block_size: int, keys: int) -> Float32[jax.Array, "B S N D"]:
+def _over_keys(settings: Settings, x: Float[jax.Array, "B M N D"], keys: int) -> Float32[jax.Array, "B S N D"]:
     """The gradient of the keys, or of the values, from that of their block means."""
-    spread = jnp.repeat(x.astype(jnp.float32) / block_size, block_size, axis=1)
+    complete = x[:, : settings.complete_blocks].astype(jnp.float32) / settings.block_size
+    spread = jnp.repeat(complete, settings.block_size, axis=1)
     return jnp.pad(spread, [(0, 0), (0, keys - spread.shape[1]), (0, 0), (0, 0)])
 
 
