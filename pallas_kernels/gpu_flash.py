@@ -13,13 +13,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32, Shaped
 
 from pallas_kernels import gpu, gpu_flash_backward, gpu_flash_kernels, gpu_flash_plan
 from pallas_kernels.common import EMPTY_LSE, zero_where
+from pallas_kernels.gpu import TILE_ROWS
 from pallas_kernels.gpu_flash_config import Config, heuristic
 from pallas_kernels.gpu_flash_kernels import source
 from pallas_kernels.gpu_flash_plan import Tiles
+
+_EIGHT = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +93,21 @@ def interval_attention(
     gpu.check_covered(q.dtype, *q.shape[3:])
     if 0 in (*q.shape, *k.shape):
         return jnp.zeros(q.shape, q.dtype), jnp.full(q.shape[:-1], EMPTY_LSE, jnp.float32)
+    batch, queries, heads, group, size = q.shape
     if config is None:
-        batch, queries, heads, group, size = q.shape
         # Tiles of 8 tokens read queries in place: they must all be finite.
         few_rows = visible.query_length is None
         config = heuristic(queries, k.shape[1], batch * heads, group, size, window, few_rows)
-    return _attend(Rule(name, window, config, interpret), q, k, v, visible)
+    # A copy of many rows takes them from an array of whole groups of 8.
+    if config.tokens == TILE_ROWS:
+        q, end = _in_eights(q), _in_eights(visible.end, mode="edge")
+        visible = dataclasses.replace(visible, end=end)
+    o, lse = _attend(Rule(name, window, config, interpret), q, _in_eights(k), _in_eights(v), visible)
+    return o[:, :queries], lse[:, :queries]
+
+
+def _in_eights(x: Shaped[jax.Array, "B L ..."], **how: Any) -> Shaped[jax.Array, "B P ..."]:
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % _EIGHT), *[(0, 0)] * (x.ndim - 2)], **how)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -230,9 +242,7 @@ def _tiles(rule: Rule, q: jax.Array) -> Tiles:
     return Tiles(*q.shape[:4], rule.config.tokens)
 
 
-def _merge_parts(
-    tiles: Tiles, parts: int, o: jax.Array, lse: jax.Array, dtype: Any
-) -> tuple[jax.Array, jax.Array]:
+def _merge_parts(tiles: Tiles, parts: int, o: jax.Array, lse: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Output and log-sum-exp over all keys, from those over each part of them."""
     o, lse = (x.reshape(parts, -1, *x.shape[1:]) for x in (o, lse))
     top = lse.max(axis=0)

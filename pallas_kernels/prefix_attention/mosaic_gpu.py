@@ -40,7 +40,5 @@ def prefix_attention(
     """
     rows, keys, values, end = as_rows(q, k, v, visible, k_lengths)
     seen = gpu_flash.Visible(end, key_length=end.max(axis=1, initial=0))
-    o, lse = gpu_flash.interval_attention(
-        rows, keys, values, seen, name="prefix", config=config, interpret=interpret
-    )
+    o, lse = gpu_flash.interval_attention(rows, keys, values, seen, name="prefix", config=config, interpret=interpret)
     return o.reshape(q.shape), lse.reshape(q.shape[:-1])
