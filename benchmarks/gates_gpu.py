@@ -19,7 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.selected_gpu import BLOCK, GROUP, HEADS, SIZE, median_ms, poison, relative_error
+from benchmarks.selected_gpu import BLOCK, GROUP, HEADS, SIZE
+from experiments.timing import median_ms, poison, relative_error
 from pallas_kernels.nsa import block_means
 
 TEMPERATURE = 0.3

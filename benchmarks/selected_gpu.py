@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import json
 import os
-import statistics
 import sys
 import threading
 import time
@@ -27,39 +26,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import drawn_cases
+from experiments.timing import median_ms, poison, relative_error
 from pallas_kernels.selected_attention import gpu_config, mosaic_gpu, mosaic_gpu_backward, reference
 from pallas_kernels.selected_attention.gpu_lists import block_lists, tile_lists, visible_choice
+from pallas_kernels.specs import Spec
 
 HEADS, GROUP, SIZE, BLOCK, PLACES = 4, 7, 128, 64, 32
 LENGTHS = (8192, 65536, 131072, 32768, 16384 + 37)
 RHOS = (0.8, 0.0, 0.98)
 
-Times = dict[str, Any]
-
 
 def draw_choice(queries: int, rho: float, seed: int, places: int = PLACES, sink: bool = False) -> jax.Array:
     """Blocks [1, T, N, n] as the module says; with `sink`, every query also takes block 0."""
-    blocks = -(-queries // BLOCK)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def chunk(tokens: int, start: jax.Array, key: jax.Array) -> jax.Array:
-        t = start + jnp.arange(tokens)
-        shared = jax.vmap(lambda tile: jax.random.normal(jax.random.fold_in(key, tile), (HEADS, blocks)))(t // BLOCK)
-        own = jax.random.normal(jax.random.fold_in(key, 2**20 + start), (tokens, HEADS, blocks))
-        score = jnp.sqrt(rho) * shared + jnp.sqrt(1 - rho) * own
-        block = jnp.arange(blocks)
-        current = (t // BLOCK)[:, None, None]
-        score = jnp.where(block < current, score, jnp.where(block == current, jnp.inf, -jnp.inf))
-        score = jnp.where(sink & (block == 0), jnp.inf, score)
-        best, index = jax.lax.top_k(score, min(places, blocks))
-        index = jnp.where(best == -jnp.inf, blocks, index)
-        index = jnp.sort(index, axis=-1)
-        return jnp.where(index == blocks, -1, index).astype(jnp.int32)
-
-    tokens = min(4096, queries)
-    starts = range(0, -(-queries // tokens) * tokens, tokens)
-    drawn = jnp.concatenate([chunk(tokens, jnp.int32(start), jax.random.key(seed)) for start in starts])
-    return drawn[:queries][None]
+    spec = Spec("drawn", queries, queries, kv_heads=HEADS, block_size=BLOCK, block_count=places)
+    return drawn_cases.draw_choice(spec, rho, seed, sink=sink)
 
 
 def draw_tensors(queries: int, seed: int) -> tuple[jax.Array, ...]:
@@ -68,35 +49,6 @@ def draw_tensors(queries: int, seed: int) -> tuple[jax.Array, ...]:
     rows, columns = (1, queries, HEADS, GROUP, SIZE), (1, queries, HEADS, SIZE)
     shapes = (rows, columns, columns, rows)
     return tuple(jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
-
-
-def median_ms(fn: Callable[..., Any], inputs: list[tuple[Any, ...]], samples: int = 5) -> Times:
-    """Median over samples that rotate among `inputs`; a sample is as many calls as fill 20 ms."""
-    for args in inputs[:2]:
-        jax.block_until_ready(fn(*args))
-    begin = time.perf_counter()
-    jax.block_until_ready(fn(*inputs[0]))
-    calls = max(1, min(50, int(0.02 / (time.perf_counter() - begin))))
-    seen = []
-    for sample in range(samples):
-        args = inputs[sample % len(inputs)]
-        begin = time.perf_counter()
-        for _ in range(calls):
-            out = fn(*args)
-        jax.block_until_ready(out)
-        seen.append(1e3 * (time.perf_counter() - begin) / calls)
-    return {"median_ms": statistics.median(seen), "samples_ms": seen, "calls_per_sample": calls}
-
-
-def relative_error(actual: jax.Array, expected: jax.Array) -> float:
-    """Norm of the difference over the norm of `expected`, in float32; NaN where anything is."""
-    actual, expected = actual.astype(jnp.float32), expected.astype(jnp.float32)
-    return float(jnp.linalg.norm((actual - expected).ravel()) / jnp.linalg.norm(expected.ravel()))
-
-
-def poison(*like: Any) -> None:
-    """Leaves NaN in freed memory of these sizes: an output that is not written shows."""
-    jax.block_until_ready([jnp.full(x.shape, jnp.nan, x.dtype) for x in like])
 
 
 @jax.jit

@@ -22,7 +22,6 @@ import functools
 import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -36,6 +35,7 @@ from experiments import kernel_checks
 from experiments.drawn_cases import trained_cases, union_size
 from experiments.kernel_floors import Unions, floor
 from experiments.kernel_operations import OPERATIONS, Arrays, Operation
+from experiments.timing import median_ms, poison
 from pallas_kernels import block_means, block_selection, compressed_attention
 from pallas_kernels.specs import Spec
 from videonsa_jax.training.environment import environment
@@ -44,38 +44,10 @@ PASSES = ("fwd", "fwdbwd")
 ON_GPU = ("mosaic_gpu", "cudnn_dense", "mosaic_dense")
 ELSEWHERE = ("xla", "xla_dense")
 GPU_LENGTHS, OTHER_LENGTHS = (8192, 16421, 16384, 32768, 65536, 131072), (256, 512)
-SAMPLE_SECONDS = 0.02
 
 
 class WrongValues(Exception):
     """A result that is not what the reference says."""
-
-
-def median_ms(function: Callable[..., Any], inputs: Sequence[Arrays], samples: int) -> dict[str, Any]:
-    """Times a compiled function.
-
-    Args:
-      function: returns device arrays.
-      inputs: argument tuples that the samples rotate among.
-      samples: how many; each is as many calls as fill 20 ms.
-
-    Returns:
-      median_ms, samples_ms and calls_per_sample.
-    """
-    for arguments in inputs[:2]:
-        jax.block_until_ready(function(*arguments))
-    begin = time.perf_counter()
-    jax.block_until_ready(function(*inputs[0]))
-    calls = max(1, min(50, int(SAMPLE_SECONDS / (time.perf_counter() - begin))))
-    seen = []
-    for sample in range(samples):
-        arguments = inputs[sample % len(inputs)]
-        begin = time.perf_counter()
-        for _ in range(calls):
-            result = function(*arguments)
-        jax.block_until_ready(result)
-        seen.append(1e3 * (time.perf_counter() - begin) / calls)
-    return {"median_ms": statistics.median(seen), "samples_ms": seen, "calls_per_sample": calls}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,10 +144,10 @@ def check(case: Case, implementation: str, gradient: bool, compiled: Any) -> dic
     if gradient:
         do = cotangent(case, arrays, seed=99)
         do = kernel_checks.only_sampled(operation, do)
-        kernel_checks.poison((do, arrays))
+        poison(*jax.tree.leaves((do, arrays)))
         o, gradients = compiled(arrays, do)
     else:
-        kernel_checks.poison(arrays)
+        poison(*arrays)
         o = compiled(*arrays)
     if case.name == "block_selection":
         errors = kernel_checks.check_choice(spec, arrays, o)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.kernel_operations import Arrays, Operation
+from experiments.timing import relative_error
 from pallas_kernels.specs import Spec
 
 ROWS = 32
@@ -14,19 +15,6 @@ ROWS = 32
 
 FORWARD_BOUND, GRADIENT_BOUND, CHOICE_BOUND = 1.5e-2, 2e-2, 1e-4
 """Relative norm errors of outputs and gradients in bfloat16; relative difference of importances that may swap."""
-
-
-def relative_error(actual: jax.Array, expected: jax.Array) -> float:
-    """Norm of the difference over the norm of `expected`; NaN where anything is."""
-    actual, expected = actual.astype(jnp.float32), expected.astype(jnp.float32)
-    norm = jnp.linalg.norm(expected.ravel())
-    return float(jnp.linalg.norm((actual - expected).ravel()) / jnp.where(norm == 0, 1.0, norm))
-
-
-def poison(tree: Any) -> None:
-    """Leaves NaN in freed memory of these sizes: an output that is not written shows."""
-    floating = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    jax.block_until_ready([jnp.full(x.shape, jnp.nan, x.dtype) for x in floating])
 
 
 def sampled_starts(queries: int) -> tuple[int, ...]:
