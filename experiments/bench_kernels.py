@@ -50,7 +50,7 @@ class WrongValues(Exception):
     """A result that is not what the reference says."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Case:
     """One operation on inputs of one shape.
 
@@ -59,7 +59,7 @@ class Case:
       choice: how its blocks come about, "" where it has none.
       spec: the shape.
       inputs: arrays, several sets.
-      unions: how alike the choice is.
+      unions: how alike the drawn choice is; None where there is none.
     """
 
     name: str
@@ -100,8 +100,10 @@ def _unions(spec: Spec, block_indices: jax.Array) -> Unions:
     return Unions(*(union_size(block_indices, m, blocks) for m in (8, 16)))
 
 
-def own_choice(spec: Spec, implementation: str, arrays: Arrays) -> jax.Array:
-    """The blocks that an implementation of `nsa_attention` chooses."""
+@functools.lru_cache(maxsize=2)
+def own_choice(case: Case, implementation: str) -> jax.Array:
+    """The blocks that an implementation of `nsa_attention` chooses on the first inputs."""
+    spec = case.spec
 
     @jax.jit
     def choose(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -110,21 +112,31 @@ def own_choice(spec: Spec, implementation: str, arrays: Arrays) -> jax.Array:
         lse = compressed_attention(q, k_blocks, v_blocks, **shared)[1]
         return block_selection(q, k_blocks, lse, block_count=spec.block_count, **shared)
 
-    return choose(*arrays[:3])
+    return choose(*case.inputs[0][:3])
 
 
-def compiled_pass(case: Case, implementation: str, gradient: bool, arrays: Arrays) -> Any:
-    """Compiles an operation: arrays -> result, or arrays and a cotangent -> result and gradients."""
-    operation, count = case.operation, case.operation.differentiable
-    call = functools.partial(operation.call, case.spec, implementation, 0)
+@functools.lru_cache(maxsize=8)
+def compiled_pass(name: str, spec: Spec, implementation: str, gradient: bool, shapes: tuple[Any, ...]) -> Any:
+    """Compiles an operation for arrays of these shapes.
+
+    Returns:
+      Arrays -> result; or, with the gradient, (arrays, cotangent) -> result and gradients.
+    """
+    count = OPERATIONS[name].differentiable
+    call = functools.partial(OPERATIONS[name].call, spec, implementation, 0)
     if not gradient:
-        return jax.jit(call).lower(*arrays).compile()
+        return jax.jit(call).lower(*shapes).compile()
 
     def both(arrays: Arrays, do: Any) -> Any:
         result, pull = jax.vjp(lambda *first: call(*first, *arrays[count:]), *arrays[:count])
         return result, pull(do)
 
-    return jax.jit(both).lower(arrays, jax.eval_shape(call, *arrays)).compile()
+    return jax.jit(both).lower(shapes, jax.eval_shape(call, *shapes)).compile()
+
+
+def shapes_of(arrays: Arrays) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes and dtypes."""
+    return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
 
 
 def memory(compiled: Any) -> dict[str, int]:
@@ -134,25 +146,41 @@ def memory(compiled: Any) -> dict[str, int]:
     return {"scratch_bytes": scratch, "result_bytes": results, "extra_bytes": scratch + results}
 
 
-def check(case: Case, implementation: str, gradient: bool, compiled: Any) -> dict[str, float]:
-    """Errors on the first inputs; raises `WrongValues` where one is too large."""
-    operation, spec, arrays = case.operation, case.spec, case.inputs[0]
-    known = arrays
-    if operation.chooses and case.unions is None:
-        known = (*arrays, own_choice(spec, implementation, arrays))
-    do, gradients = None, ()
-    if gradient:
-        do = cotangent(case, arrays, seed=99)
-        do = kernel_checks.only_sampled(operation, do)
-        poison(*jax.tree.leaves((do, arrays)))
-        o, gradients = compiled(arrays, do)
-    else:
-        poison(*arrays)
-        o = compiled(*arrays)
+@functools.lru_cache(maxsize=1)
+def _expected(case: Case, implementation: str | None, gradient: bool) -> tuple[Any, kernel_checks.Expected]:
+    """A cotangent of the sampled queries, and what the reference makes of it; `implementation` makes the choice."""
+    operation, arrays = case.operation, case.inputs[0]
+    if implementation is not None:
+        arrays = (*arrays, own_choice(case, implementation))
+    do = kernel_checks.only_sampled(operation, cotangent(case, seed=99)) if gradient else None
+    return do, kernel_checks.expected_values(operation, case.spec, arrays, do)
+
+
+def check(case: Case, implementation: str, gradient: bool, compiled: Any, *, with_gradients: bool) -> dict[str, float]:
+    """Errors on the first inputs.
+
+    Args:
+      case: what was asked for.
+      implementation: what computes.
+      gradient: whether `compiled` returns gradients.
+      compiled: from `compiled_pass`.
+      with_gradients: whether the reference is to make gradients, for this pass or another one of the case.
+
+    Returns:
+      Relative errors by name.
+
+    Raises:
+      WrongValues: an error is too large.
+    """
+    operation, arrays = case.operation, case.inputs[0]
     if case.name == "block_selection":
-        errors = kernel_checks.check_choice(spec, arrays, o)
+        errors = kernel_checks.check_choice(case.spec, arrays, compiled(*arrays))
     else:
-        errors = kernel_checks.check_values(operation, spec, known, o, do, gradients)
+        chooses = operation.chooses and case.unions is None
+        do, expected = _expected(case, implementation if chooses else None, with_gradients)
+        poison(*arrays, *jax.tree.leaves(do))
+        o, gradients = compiled(arrays, do) if gradient else (compiled(*arrays), ())
+        errors = kernel_checks.errors_of(operation, expected, o, gradients)
     bounds = {"o": kernel_checks.FORWARD_BOUND, "choice": kernel_checks.CHOICE_BOUND}
     wrong = {n: e for n, e in errors.items() if not e <= bounds.get(n, kernel_checks.GRADIENT_BOUND)}
     if wrong:
@@ -160,26 +188,30 @@ def check(case: Case, implementation: str, gradient: bool, compiled: Any) -> dic
     return errors
 
 
-def cotangent(case: Case, arrays: Arrays, seed: int) -> Any:
+def cotangent(case: Case, seed: int) -> Any:
     """Normal values in the shape of the result."""
-    result = jax.eval_shape(functools.partial(case.operation.call, case.spec, "reference", 0), *arrays)
+    call = functools.partial(case.operation.call, case.spec, "reference", 0)
+    result = jax.eval_shape(call, *shapes_of(case.inputs[0]))
     return jax.tree.map(lambda x: jax.random.normal(jax.random.key(seed), x.shape, x.dtype), result)
 
 
 def measure(case: Case, implementation: str, gradient: bool, options: argparse.Namespace) -> dict[str, Any]:
     """Checks and times one pass."""
-    compiled = compiled_pass(case, implementation, gradient, case.inputs[0])
-    seen: dict[str, Any] = {"errors": check(case, implementation, gradient, compiled), "memory": memory(compiled)}
+    compiled = compiled_pass(case.name, case.spec, implementation, gradient, shapes_of(case.inputs[0]))
+    with_gradients = "fwdbwd" in options.passes and case.operation.differentiable > 0
+    errors = check(case, implementation, gradient, compiled, with_gradients=with_gradients)
     inputs: list[Any] = case.inputs
     if gradient:
-        inputs = [(arrays, cotangent(case, arrays, seed)) for seed, arrays in enumerate(inputs)]
-    seen |= median_ms(compiled, inputs, options.samples)
-    if case.unions is None and case.operation.chooses:
-        unions = _unions(case.spec, own_choice(case.spec, implementation, case.inputs[0]))
-    else:
-        unions = case.unions
+        inputs = [(arrays, cotangent(case, seed)) for seed, arrays in enumerate(inputs)]
+    times = median_ms(compiled, inputs, options.samples)
+    unions = case.unions
+    if unions is None and case.operation.chooses:
+        unions = _unions(case.spec, own_choice(case, implementation))
     least = floor(case.name, gradient, case.spec, unions)
-    return seen | {
+    return {
+        "errors": errors,
+        "memory": memory(compiled),
+        **times,
         "floor_ms": least.ms,
         "bound": least.bound,
         "unions": unions and dataclasses.asdict(unions),
@@ -214,6 +246,9 @@ def run(options: argparse.Namespace, save: Callable[[list[dict[str, Any]]], None
                             record |= _attempt(functools.partial(measure, case, implementation, gradient, options))
                         print(line(record), flush=True)
                         save(records)
+                # They hold a case's arrays.
+                _expected.cache_clear()
+                own_choice.cache_clear()
     return records
 
 

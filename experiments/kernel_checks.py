@@ -1,5 +1,8 @@
 """How `experiments.bench_kernels` checks a result before it is timed: sampled queries against the float32 reference."""
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,55 +43,92 @@ def only_sampled(operation: Operation, do: Any) -> Any:
     return jnp.where(jnp.asarray(kept).reshape(-1, *(1,) * (do.ndim - axis - 1)), do, jnp.zeros((), do.dtype))
 
 
-def check_values(
-    operation: Operation, spec: Spec, arrays: Arrays, o: Any, do: Any, gradients: Arrays
-) -> dict[str, float]:
-    """Relative errors on sampled queries against the float32 reference.
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What the reference says of the sampled queries.
+
+    Attributes:
+      samples: per sample its first query, the result's rows and the rows of the gradients that have queries.
+      others: gradients of the arrays without a query axis, by their place.
+    """
+
+    samples: list[tuple[int, Any, dict[int, jax.Array]]]
+    others: dict[int, jax.Array]
+
+
+@functools.lru_cache(maxsize=4)
+def _reference(operation: Operation, spec: Spec, differentiable: int) -> Callable[..., Any]:
+    """(start, arrays, do) -> rows of the result, and gradients of the first arrays given that cotangent's rows."""
+    of_o = operation.query_axes[0]
+
+    @jax.jit
+    def run(start: jax.Array, arrays: Arrays, do: Any) -> Any:
+        queries = 1 if of_o is None else arrays[0].shape[of_o]
+        rows = functools.partial(_rows, start=start, count=min(ROWS, queries))
+        given = [rows(x, axis) for x, axis in zip(arrays, operation.query_axes, strict=False)]
+        given = [x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in given]
+        with jax.default_matmul_precision("highest"):
+            value, pull = jax.vjp(
+                lambda *first: operation.call(spec, "reference", start, *first, *given[differentiable:]),
+                *given[:differentiable],
+            )
+            if not differentiable:
+                return value, ()
+            return value, pull(jax.tree.map(lambda x: rows(x, of_o).astype(jnp.float32), do))
+
+    return run
+
+
+def expected_values(operation: Operation, spec: Spec, arrays: Arrays, do: Any) -> Expected:
+    """Results and gradients of sampled queries, in float32.
+
+    Args:
+      operation: what is to be computed.
+      spec: its shape.
+      arrays: its arrays; where blocks are chosen, with the choice.
+      do: the cotangent, from `only_sampled`; None: no gradients.
+    """
+    of_o = operation.query_axes[0]
+    reference = _reference(operation, spec, 0 if do is None else operation.differentiable)
+    samples, others = [], {}
+    for start in sampled_starts(1 if of_o is None else arrays[0].shape[of_o]):
+        value, gradients = reference(jnp.int32(start), arrays, do)
+        with_queries = {}
+        for i, gradient in enumerate(gradients):
+            if operation.query_axes[i] is None:
+                others[i] = others.get(i, 0) + gradient
+            else:
+                with_queries[i] = gradient
+        samples.append((start, value, with_queries))
+    return Expected(samples, others)
+
+
+def errors_of(operation: Operation, expected: Expected, o: Any, gradients: Arrays = ()) -> dict[str, float]:
+    """Relative errors against `expected_values`.
 
     Args:
       operation: what was computed.
-      spec: its shape.
-      arrays: its arrays.
-      o: its result.
-      do: None, or the cotangent, from `only_sampled`.
-      gradients: of the differentiable arrays, given `do`.
+      expected: of the same arrays and cotangent.
+      o: the result.
+      gradients: of the differentiable arrays; none are compared if it is empty.
 
     Returns:
-      "o" and one entry per gradient, "d0" being that of the first array.
+      "o" and one entry per gradient, "d0" being that of the first array: the largest of the samples'.
     """
-    of_o = operation.query_axes[0]
-    queries = 1 if of_o is None else o.shape[of_o]
-    samples = min(ROWS, queries)
-    count = operation.differentiable if do is not None else 0
-
-    @jax.jit
-    def reference(start: jax.Array, arrays: Arrays, do: jax.Array | None) -> Any:
-        rows = [_rows(x, axis, start, samples) for x, axis in zip(arrays, operation.query_axes, strict=False)]
-        rows = [x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in rows]
-        with jax.default_matmul_precision("highest"):
-            value, pull = jax.vjp(
-                lambda *first: operation.call(spec, "reference", start, *first, *rows[count:]), *rows[:count]
-            )
-            if do is None:
-                return value, ()
-            return value, pull(jax.tree.map(lambda x: _rows(x, of_o, start, samples).astype(jnp.float32), do))
-
-    errors: dict[str, list[float]] = {}
-    sums: dict[int, jax.Array] = {}
-    for start in sampled_starts(queries):
-        value, gradient = reference(jnp.int32(start), arrays, do)
-        for actual, expected in zip(*map(jax.tree.leaves, (o, value)), strict=True):
-            errors.setdefault("o", []).append(relative_error(_rows(actual, of_o, start, samples), expected))
-        for i, expected in enumerate(gradient):
+    seen: dict[str, list[float]] = {}
+    for start, value, with_queries in expected.samples:
+        rows = functools.partial(_rows, start=start)
+        for actual, wanted in zip(*map(jax.tree.leaves, (o, value)), strict=True):
+            axis = operation.query_axes[0]
+            count = None if axis is None else wanted.shape[axis]
+            seen.setdefault("o", []).append(relative_error(rows(actual, axis, count=count), wanted))
+        for i, wanted in with_queries.items() if gradients else ():
             axis = operation.query_axes[i]
-            if axis is None:
-                sums[i] = sums.get(i, 0) + expected
-            else:
-                actual = _rows(gradients[i], axis, start, samples)
-                errors.setdefault(f"d{i}", []).append(relative_error(actual, expected))
-    for i, expected in sums.items():
-        errors[f"d{i}"] = [relative_error(gradients[i], expected)]
-    return {name: max(values) for name, values in errors.items()}
+            actual = rows(gradients[i], axis, count=wanted.shape[axis])
+            seen.setdefault(f"d{i}", []).append(relative_error(actual, wanted))
+    for i, wanted in expected.others.items() if gradients else ():
+        seen[f"d{i}"] = [relative_error(gradients[i], wanted)]
+    return {name: max(values) for name, values in seen.items()}
 
 
 def check_choice(spec: Spec, arrays: Arrays, chosen: jax.Array) -> dict[str, float]:
@@ -115,5 +155,5 @@ def check_choice(spec: Spec, arrays: Arrays, chosen: jax.Array) -> dict[str, flo
     return {"choice": worst}
 
 
-def _rows(x: jax.Array, axis: int | None, start: Any, count: int) -> jax.Array:
+def _rows(x: jax.Array, axis: int | None, start: Any, count: int | None) -> jax.Array:
     return x if axis is None else jax.lax.dynamic_slice_in_dim(x, start, count, axis)

@@ -48,9 +48,22 @@ def _lines(records: Records) -> dict[tuple[str, str], list[dict[str, Any]]]:
 def _lengths_axis(ax: Any, records: Records) -> None:
     lengths = sorted({record["length"] for record in records})
     ax.set_xscale("log", base=2)
-    ax.set_xticks(lengths, [f"{length // 1024}K" if length >= 1024 else str(length) for length in lengths], rotation=45)
+    ax.set_xticks(lengths, [_shown(length) for length in lengths], rotation=45)
     ax.minorticks_off()
     ax.grid(True, alpha=0.3)
+
+
+def _shown(length: int) -> str:
+    return f"{length / 1024:.3g}K" if length >= 1024 else str(length)
+
+
+def _legend(figure: Any, axes: dict[str, Any]) -> None:
+    """One legend below, for all axes."""
+    entries = {}
+    for ax in axes.values():
+        entries |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    if entries:
+        figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, fontsize=8)
 
 
 def draw_times(records: Records, path: Path) -> None:
@@ -66,8 +79,7 @@ def draw_times(records: Records, path: Path) -> None:
     for ax in axes.values():
         _lengths_axis(ax, records)
         ax.set(yscale="log", ylabel="ms (dotted: floor)")
-        if ax.has_data():
-            ax.legend(fontsize=7)
+    _legend(figure, axes)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -109,14 +121,16 @@ def draw_parts(records: Records, path: Path) -> None:
     figure, axes = _axes()
     for name, ax in axes.items():
         bars = parts_of(chosen, name)
+        names, totals = [_shown(length) for length in bars], [sum(seen.values()) for seen in bars.values()]
         bottom = [0.0] * len(bars)
         for i, part in enumerate((*PARTS, "gates and sums")):
-            share = [seen[part] / sum(seen.values()) for seen in bars.values()]
-            ax.bar([f"{length // 1024}K" for length in bars], share, bottom=bottom, color=f"C{i}", label=part)
+            share = [seen[part] / total for seen, total in zip(bars.values(), totals, strict=True)]
+            ax.bar(names, share, bottom=bottom, color=f"C{i}", label=part)
             bottom = [a + b for a, b in zip(bottom, share, strict=True)]
-        ax.set(ylabel=f"share of the whole ({', '.join([str(implementation), *whole[:1]])})")
-        if bars:
-            ax.legend(fontsize=7)
+        for place, total in enumerate(totals):
+            ax.text(place, 1.01, f"{total:.3g} ms", ha="center", fontsize=8)
+        ax.set(ylabel=f"share of the whole ({', '.join([str(implementation), *whole[:1]])})", ylim=(0, 1.06))
+    _legend(figure, axes)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -149,21 +163,26 @@ def draw_speedup(records: Records, path: Path) -> None:
         and not record["choice"].startswith("trained")
     ]
     figure, axes = _axes()
-    for i, ((name, label), line) in enumerate(_lines(whole).items()):
+    labels = sorted({_label(record) for record in whole})
+    for (name, label), line in _lines(whole).items():
+        colour = f"C{labels.index(label) % 10}"
         lengths = [record["length"] for record in line]
         ratios = [dense[name, record["length"]] / record["median_ms"] for record in line]
+        axes[name].plot(lengths, ratios, "o-", color=colour, label=label)
         place = crossover(lengths, ratios)
-        where = "" if place is None else f" (crosses at {place / 1024:.1f}K)"
-        axes[name].plot(lengths, ratios, "o-", color=f"C{i % 10}", label=label + where)
         if place is not None:
-            axes[name].axvline(place, color=f"C{i % 10}", ls=":", lw=1)
+            axes[name].axvline(place, color=colour, ls=":", lw=1)
+            axes[name].annotate(
+                f"{place / 1024:.1f}K", (place, 1), xytext=(3, 3), textcoords="offset points", color=colour, fontsize=8
+            )
     for ax in axes.values():
         if whole:
             _lengths_axis(ax, whole)
         ax.axhline(1, color="black", lw=0.8)
-        ax.set(yscale="log", ylabel="times as fast as dense")
-        if whole:
-            ax.legend(fontsize=7)
+        ax.set_yscale("log", base=2)
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.set(ylabel="times as fast as the fastest dense attention")
+    _legend(figure, axes)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -1,6 +1,7 @@
 """The benchmark of the kernels: its inputs, its checks, its floors and figures, and the command on a CPU."""
 
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -117,12 +118,15 @@ def test_wrong_values_are_not_timed(monkeypatch, wrong):
     monkeypatch.setitem(OPERATIONS, "window_attention", dataclasses.replace(operation, call=call))
     spec = dataclasses.replace(SMALL, window_size=20)
     case = bench_kernels.Case("window_attention", "", spec, [spec.draw(0)[:3]])
-    compiled = bench_kernels.compiled_pass(case, "xla", True, case.inputs[0])
+    bench_kernels.compiled_pass.cache_clear()
+    shapes = bench_kernels.shapes_of(case.inputs[0])
+    compiled = bench_kernels.compiled_pass("window_attention", spec, "xla", True, shapes)
+    check = functools.partial(bench_kernels.check, case, "xla", True, compiled, with_gradients=True)
     if wrong is None:
-        assert set(bench_kernels.check(case, "xla", True, compiled)) == {"o", "d0", "d1", "d2"}
+        assert set(check()) == {"o", "d0", "d1", "d2"}
     else:
         with pytest.raises(bench_kernels.WrongValues, match=wrong):
-            bench_kernels.check(case, "xla", True, compiled)
+            check()
 
 
 def test_a_choice_against_the_rule():
