@@ -8,7 +8,7 @@ its gradient are FlashAttention-2's (arXiv 2307.08691, algorithms 1 and 2), the 
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +43,7 @@ class Rule:
     interpret: Any = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Visible:
+class Visible(NamedTuple):
     """Which keys the queries see.
 
     Attributes:
@@ -56,9 +55,6 @@ class Visible:
     end: jax.Array
     query_length: jax.Array | None = None
     key_length: jax.Array | None = None
-
-
-jax.tree_util.register_dataclass(Visible, ["end", "query_length", "key_length"], [])
 
 
 def interval_attention(
@@ -101,7 +97,7 @@ def interval_attention(
     # A copy of many rows takes them from an array of whole groups of 8.
     if config.tokens == TILE_ROWS:
         q, end = _in_eights(q), _in_eights(visible.end, mode="edge")
-        visible = dataclasses.replace(visible, end=end)
+        visible = visible._replace(end=end)
     o, lse = _attend(Rule(name, window, config, interpret), q, _in_eights(k), _in_eights(v), visible)
     return o[:, :queries], lse[:, :queries]
 
