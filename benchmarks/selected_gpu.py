@@ -1,7 +1,6 @@
 """Times the Hopper kernels of selected attention beside cuDNN's dense causal attention, after checking them.
 
     python -m benchmarks.selected_gpu --json=OUT.json
-    python -m benchmarks.selected_gpu --lengths=65536 --rho=0.8 --tune --json=OUT.json
 
 Shapes are VideoNSA-7B's (28 query heads over 4 KV heads of 128, 32 blocks of 64, bfloat16, batch 1). Choices are drawn
 with a stated similarity of neighbours: score[t, j] = sqrt(rho) a[t // 64, j] + sqrt(1 - rho) b[t, j], a and b normal; a
@@ -217,33 +216,6 @@ def time_pieces(
     report(record, "whole_forward_backward", median_ms(both, arguments))
 
 
-def tune(inputs: list[tuple[jax.Array, ...]], choices: list[jax.Array], record: dict[str, Any]) -> None:
-    """Times each kernel under several configurations, and checks those that are not the heuristic's."""
-    queries = inputs[0][0].shape[1]
-    base = gpu_config.heuristic(queries, HEADS, SIZE)
-    zero, length = jnp.int32(0), jnp.array([queries], jnp.int32)
-    q, k, v, do = inputs[0]
-    chosen = jax.jit(lambda i: visible_choice(i, length, zero, queries, BLOCK))(choices[0])
-    listed = {c: jax.jit(lambda x, c=c: tile_lists(x, length, zero, queries, BLOCK, 8 * c))(chosen) for c in (2, 3)}
-    o, lse = jax.jit(functools.partial(mosaic_gpu.forward, base.forward, None))(q, k, v, listed[base.forward.consumers])
-    rows = mosaic_gpu_backward.row_terms(o, lse, do, jnp.zeros_like(lse))
-
-    for config in [gpu_config.TileConfig(*x) for x in ((4, 3), (4, 3, 64), (4, 2, 128))]:
-        fn = jax.jit(functools.partial(mosaic_gpu.forward, config, None))
-        args = (q, k, v, listed[config.consumers])
-        attempt(record, f"forward {config}", lambda: median_ms(fn, [args], 3))  # noqa: B023
-    for config in [gpu_config.TileConfig(*x) for x in ((4, 2), (3, 3))]:
-        fn = jax.jit(functools.partial(mosaic_gpu_backward.query_gradient, config, None))
-        args = (q, k, v, do, *rows, listed[config.consumers])
-        attempt(record, f"dq {config}", lambda: median_ms(fn, [args], 3))  # noqa: B023
-    for config in [
-        gpu_config.BlockConfig(*x) for x in ((4, base.dkdv.part), (4, base.dkdv.part // 2), (2, base.dkdv.part))
-    ]:
-        lists = jax.jit(lambda x, part=config.part: block_lists(x, zero, queries, BLOCK, part))(chosen)
-        fn = jax.jit(functools.partial(mosaic_gpu_backward.key_gradients, config, None))
-        attempt(record, f"dkdv {config}", lambda: median_ms(fn, [(q, k, v, do, *rows, lists)], 3))  # noqa: B023
-
-
 def small_checks(record: dict[str, Any]) -> bool:
     """Checks a short input: each kernel's compilation, a sink in split lists, ragged lengths."""
     queries = 2048 + 21
@@ -362,8 +334,6 @@ def main() -> None:
     parser.add_argument("--rho", type=float, nargs="+", default=RHOS)
     parser.add_argument("--inputs", type=int, default=2, help="inputs that the samples rotate among")
     parser.add_argument("--skip-checks", action="store_true", help="leave out the checks on a short input")
-    parser.add_argument("--only-tune", action="store_true", help="time nothing but the several configurations")
-    parser.add_argument("--tune", type=int, default=65536, help="length at which several configurations are timed")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no length is begun")
     parser.add_argument("--json", required=True)
     args = parser.parse_args()
@@ -396,12 +366,6 @@ def main() -> None:
         config = gpu_config.heuristic(queries, HEADS, SIZE)
         at["config"] = dataclasses.asdict(config)
         inputs = [draw_tensors(queries, seed) for seed in range(args.inputs)]
-        if args.only_tune:
-            choices = [draw_choice(queries, args.rho[0], seed) for seed in range(args.inputs)]
-            attempt(at, "other shape", check_other_shape)
-            attempt(at, "tuned", lambda: tune(inputs, choices, at))  # noqa: B023
-            save()
-            continue
         attempt(at, "dense_forward", lambda: median_ms(jax.jit(dense), [x[:3] for x in inputs], 3))  # noqa: B023
         fn = jax.jit(with_gradients(dense))
         attempt(at, "dense_forward_backward", lambda: median_ms(fn, inputs, 3))  # noqa: B023
@@ -417,8 +381,6 @@ def main() -> None:
             except Exception as reason:
                 traceback.print_exc(limit=4)
                 record["failed"] = f"{type(reason).__name__}: {str(reason)[:500]}"
-            if queries == args.tune and rho == args.rho[0]:
-                attempt(record, "tuned", lambda: tune(inputs, choices, record))  # noqa: B023
             save()
             del choices
         del inputs

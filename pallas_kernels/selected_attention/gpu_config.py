@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from pallas_kernels.gpu_table import measured
+
 ROWS = 8
 """Rows of a token in a tile: its query heads, then zero rows."""
 
@@ -75,7 +77,7 @@ class Config:
 
 
 def heuristic(queries: int, rows: int, head_dim: int) -> Config:
-    """A configuration for T queries of B x N rows: the most stages that shared memory holds.
+    """A configuration for T queries of B x N rows: the measured one, or the most stages that shared memory holds.
 
     Args:
       queries: T.
@@ -86,11 +88,17 @@ def heuristic(queries: int, rows: int, head_dim: int) -> Config:
       The configuration; lists are split where few rows would leave one thread block with a sink's whole list.
     """
     wide = head_dim > 64
-    # With 4 rows and n = 32 each of 132 multiprocessors walks over T tokens in all: as many as one sink has.
-    pieces = max(1, min(32, 64 // max(rows, 1)))
+
+    def fields(kernel: str, **default: int) -> dict[str, int]:
+        return default | measured(f"selected_{kernel}", head_dim, queries)
+
+    dkdv = fields("dkdv", stages=4 if wide else 6, pieces=16)
+    # The pieces are those of 4 rows: with n = 32 each of 132 multiprocessors walks over T tokens in all, as many as a
+    # sink has.
+    pieces = max(1, min(32, 4 * dkdv.pop("pieces") // max(rows, 1)))
     part = max(1024, -(-queries // (pieces * TOKENS)) * TOKENS)
     return Config(
-        forward=TileConfig(stages=4 if wide else 8, consumers=3, q_registers=64 if wide else 0),
-        dq=TileConfig(stages=4 if wide else 8),
-        dkdv=BlockConfig(stages=4 if wide else 6, part=part),
+        forward=TileConfig(**fields("forward", stages=4 if wide else 8, consumers=3, q_registers=64 if wide else 0)),
+        dq=TileConfig(**fields("dq", stages=4 if wide else 8)),
+        dkdv=BlockConfig(part=part, **dkdv),
     )
