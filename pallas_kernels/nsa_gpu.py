@@ -125,7 +125,7 @@ def _prepare_compressed(
 ) -> tuple[gpu_flash.Visible, gpu_flash.Visible]:
     lengths = length if settings.ragged else None
     visible = compressed_attention.visible_blocks(*q.shape[:2], k.shape[1], settings.block_size, q_offset, lengths)
-    return (dataclasses.replace(visible, key_length=None),) * 2
+    return (visible._replace(key_length=None),) * 2
 
 
 def _prepare_window(
@@ -133,7 +133,7 @@ def _prepare_window(
 ) -> tuple[gpu_flash.Visible, gpu_flash.Visible]:
     visible = window_attention.visible_window(*q.shape[:2], k.shape[1], q_offset, length)
     query_length = visible.query_length if settings.ragged else None
-    return (dataclasses.replace(visible, query_length=query_length, key_length=None),) * 2
+    return (visible._replace(query_length=query_length, key_length=None),) * 2
 
 
 def _flash_rule(
