@@ -124,17 +124,13 @@ def heuristic(
     consumers = min(2, units)
     items = rows * -(-units // consumers)
     reach = keys if window is None else min(keys, window + tokens)
-    # What 64 queries see through a window of 256 is five times 64 keys.
-    narrow = window is not None and -(-(window + tokens) // 128) * 2 > -(-(window + tokens) // 64)
-    forward_keys = 64 if narrow else 128
-    forward_stages = 4 if narrow else 2
     parts = split(items, reach // 512)
     key_items = rows * -(-keys // (CONSUMERS * KEY_ROWS))
     key_parts = split(key_items, units if window is None else 1)
     double = 1 if wide else 2
     return Config(
         tokens=tokens,
-        forward=QueryConfig(forward_keys, forward_stages * double, consumers, parts),
+        forward=QueryConfig(2 * KEY_ROWS, 2 * double, consumers, parts, buffers=2 if parts == 1 else 1),
         dq=QueryConfig(KEY_ROWS, 3 * double, consumers, parts),
         dkdv=KeyConfig(3 * double, key_parts),
     )
