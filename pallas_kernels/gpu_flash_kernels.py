@@ -25,7 +25,7 @@ from pallas_kernels.gpu_flash_plan import Tiles, edge
 
 
 def source(x: Float[jax.Array, "B L ..."], length: Int[jax.Array, "B"] | None) -> tuple[jax.Array, ...]:
-    """The arrays from which `fetch` copies x: with a length, past which x may hold NaN, also its `edge` and the length."""
+    """What `fetch` copies x from: with a length, past which x may hold NaN, also its `edge` and the length."""
     return (x,) if length is None else (x, edge(x, length), length.astype(jnp.int32))
 
 
@@ -77,7 +77,7 @@ def store_tile(tiles: Tiles, source: Ref, target: Ref, batch: Any, head: Any, ti
 
 
 def tile_results(parts: int, tiles: Tiles, like: Any) -> jax.ShapeDtypeStruct:
-    """What a kernel over tiles of queries returns: an array like the queries; of parts, float32 tiles [PR, tiles, 64, D]."""
+    """What kernels over tiles of queries return: an array like q; of parts, float32 tiles [PR, tiles, 64, D]."""
     if parts == 1:
         return jax.ShapeDtypeStruct(like.shape, like.dtype)
     return jax.ShapeDtypeStruct((parts * tiles.rows, tiles.count, TILE_ROWS, like.shape[-1]), jnp.float32)

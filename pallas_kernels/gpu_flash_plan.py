@@ -105,9 +105,9 @@ def query_items(
 ) -> Int32[jax.Array, "items 5"]:
     """The steps of each item of work: `consumers` tiles, the last ones first, and a part of the keys they see.
 
-    An item is the first key, the number of steps, the steps [from, to) that need no mask, and the number of whole steps:
-    one less where the last one needs only its first 64 keys. Items go row by row, from
-    the last tiles, which see the most keys, to the first, and part by part.
+    An item is the first key, the number of steps, the steps [from, to) that need no mask, and the number of whole
+    steps: one less where the last one needs only its first 64 keys. Items go row by row, from the last tiles, which
+    see the most keys, to the first, and part by part.
     """
     groups = -(-tiles.count // config.consumers)
     tile = tiles.count - 1 - np.arange(groups * config.consumers).reshape(groups, config.consumers)
@@ -139,7 +139,8 @@ def key_items(
     """The tiles of queries that each item of work visits: 128 keys of a KV head and a part of the queries.
 
     An item is the first tile and their number, then for each of the two warpgroups four places among them: it takes
-    those in [0, 3), and those in [1, 2) need no mask. Items go from the first keys to the last, row by row, part by part.
+    those from the first place to the fourth, and between the second and the third it needs no mask. Items go from the
+    first keys to the last, row by row, part by part.
     """
     count = -(-keys // (CONSUMERS * KEY_ROWS)) * CONSUMERS
     low, high, whole_low, whole_high = (x[:, None] for x in bounds(ends, window))
