@@ -241,15 +241,14 @@ def time_whole(queries: int, record: dict[str, Any]) -> None:
     """Times and checks the whole operation."""
     report(record, "floors", count_floors(queries))
     inputs = {name: draw(queries, seed, spread) for seed, (name, spread) in enumerate(SPREADS.items())}
-    whole = jax.jit(select)
+    whole = jax.jit(select).lower(*inputs["normal"]).compile()
+    report(record, "temporary MiB", whole.memory_analysis().temp_size_in_bytes / 2**20)
     attempt(record, "whole", lambda: median_ms(whole, [inputs["normal"]]))
     for name, x in inputs.items():
         attempt(record, f"whole, {name}", lambda: median_ms(whole, [x], 3))  # noqa: B023
         attempt(record, f"check, {name}", lambda: check_choice(whole(*x), x))  # noqa: B023
     x = inputs["normal"]
     attempt(record, "same bits", lambda: bool((whole(*x) == whole(*x)).all()))
-    stats = jax.devices()[0].memory_stats() or {}
-    report(record, "peak GiB of the process", stats.get("peak_bytes_in_use", 0) / 2**30)
 
 
 def time_pieces(queries: int, record: dict[str, Any], save: Callable[[], None]) -> None:
@@ -266,55 +265,66 @@ def time_pieces(queries: int, record: dict[str, Any], save: Callable[[], None]) 
         attempt(record, name, lambda: median_ms(jax.jit(fn), inputs, 3))
         save()
 
-    time_one("importance, last chunk", score(config, chunk), args)
-    scores = [(score(config, chunk)(*x),) for x in args]
+    first = score(config, chunk)
+    scores = [(first(*x),) for x in args]
+    for name, changes in (
+        ("", {}),
+        (", not ahead", {"ahead": False}),
+        (", 6 stages of 64, 3 consumers", {"stages": 6, "columns": 64, "consumers": 3}),
+        (", 6 stages of 64", {"stages": 6, "columns": 64}),
+    ):
+        fn = score(dataclasses.replace(config, **changes), chunk)
+        time_one(f"importance, last chunk{name}", fn, args)
+        if changes:
+            attempt(record, f"same importance{name}", lambda: largest_difference(fn(*args[0]), scores[0][0], start))  # noqa: B023
     current = (jnp.arange(queries, dtype=jnp.int32) // BLOCK)[None]
     last = args[0][3]
 
-    def top(config: gpu_config.Config, places: int, width: int, values: jax.Array) -> jax.Array:
-        width = gpu_config.words_for(width)
+    def top(config: gpu_config.Config, places: int, values: jax.Array) -> jax.Array:
+        width = gpu_config.words_for(blocks + 1)
         return gpu_top_n.choose(
             config, None, values, width, current, last, start, block_count=places, init_blocks=0, local_blocks=1
         )
 
-    def time_top(name: str, places: int = PLACES, width: int = blocks + 1, **changes: int) -> None:
-        other = dataclasses.replace(config, **changes)
-        time_one(f"top n, last chunk{name}", functools.partial(top, other, places, width), scores)
-
-    time_top("")
-    time_top(", no search", places=1 << 20)
-    for stages, columns, consumers in ((2, 128, 2), (6, 64, 3), (6, 64, 2), (3, 128, 3)):
-        name = f"importance, last chunk, {stages} stages of {columns}, {consumers} consumers"
-        time_one(name, score(gpu_config.Config(stages, columns, consumers), chunk), args)
-    time_top(", half the rows per warp", row_values=config.row_values // 2)
+    for name, places, changes in (
+        ("", PLACES, {}),
+        (", no search", 1 << 20, {}),
+        (", twice the rows per warp", PLACES, {"row_values": 2 * config.row_values}),
+    ):
+        fn = functools.partial(top, dataclasses.replace(config, **changes), places)
+        time_one(f"top n, last chunk{name}", fn, scores)
     words = jnp.int32(1) << jax.random.randint(jax.random.key(0), (1, queries, HEADS, blocks // 32 + 1), 0, 32)
     words = words.at[..., PLACES:].set(0)
+    exact = jax.jit(lambda w: block_words.indices_of(w, PLACES))(words)
+    for name, fn in (("by walking", indices_by_walking), ("by padded counts", indices_by_padded_counts)):
+        time_one(f"indices {name}", fn, [(words,)])
+        attempt(record, f"same indices {name}", lambda: bool((jax.jit(fn)(words) == exact).all()))  # noqa: B023
     time_one("indices of words", lambda w: block_words.indices_of(w, PLACES), [(words,)])
-    time_one("indices by counting", indices_by_counting, [(words,)])
-    index = jax.jit(lambda w: block_words.indices_of(w, PLACES))(words)
-    time_one("words of indices", lambda i: block_words.words_of(i, blocks + 1), [(index,)])
-
-    few = [(x[:, : min(chunk, 2048)],) for (x,) in scores]
-    report(record, "queries of top_k", few[0][0].shape[1])
-    best = functools.partial(jax.lax.top_k, k=PLACES, is_stable=False)
-    time_one("lax.top_k, unstable", lambda x: best(jnp.where(jnp.isnan(x), -1, x))[1], few)
-    rows = [(q[:, -1024:], means, lse[:, -1024:]) for q, means, lse in inputs]
-    plain = lambda q, means, lse: jnp.exp(_logits(q, means) - lse[..., None]).sum(axis=3)  # noqa: E731
-    time_one("XLA importance of 1024 queries", plain, rows)
-    time_top(", twice the rows per warp", row_values=2 * config.row_values)
-    time_top(", whole words", width=blocks)
-    time_top(", eight variants", variants=2 * config.variants)
-    larger = dataclasses.replace(config, score_bytes=4 * config.score_bytes)
-    time_one("whole, chunks four times as large", functools.partial(select, config=larger), inputs)
 
 
-def indices_by_counting(words: jax.Array) -> jax.Array:
-    """`block_words.indices_of` with a compare and a sum over all words instead of a bisection."""
-    ends = jnp.cumsum(jax.lax.population_count(words), axis=-1)
+def largest_difference(actual: jax.Array, expected: jax.Array, start: jax.Array) -> float:
+    """Relative, over the blocks that each query of a chunk may choose."""
+    seen = jnp.arange(actual.shape[2]) < ((start + jnp.arange(actual.shape[1])) // BLOCK)[:, None]
+    return float(jnp.where(seen, jnp.abs(actual / expected - 1), 0).max())
+
+
+def indices_by_padded_counts(words: jax.Array) -> jax.Array:
+    """`block_words.indices_of` with whole tiles for the product that adds up the counts."""
+    short = -words.shape[-1] % 64
+    return block_words.indices_of(jnp.pad(words, [(0, 0)] * 3 + [(0, short)]), PLACES)
+
+
+def indices_by_walking(words: jax.Array) -> jax.Array:
+    """`block_words.indices_of` with one step per word instead of running counts."""
     place = jnp.arange(PLACES, dtype=jnp.int32)
-    index = (ends[..., None, :] <= place[:, None]).sum(axis=-1, dtype=jnp.int32)
-    word = jnp.take_along_axis(words, index, axis=-1, mode="clip")
-    rank = place - jnp.take_along_axis(ends, index, axis=-1, mode="clip") + jax.lax.population_count(word)
+    before = jnp.zeros((*words.shape[:-1], 1), jnp.int32)
+    word = index = start = jnp.zeros((*words.shape[:-1], PLACES), jnp.int32)
+    for w in range(words.shape[-1]):
+        this = words[..., w : w + 1]
+        reached = before <= place
+        word, index, start = (jnp.where(reached, a, b) for a, b in ((this, word), (w, index), (before, start)))
+        before = before + jax.lax.population_count(this)
+    rank = place - start
     bit = jnp.zeros_like(index)
     for half in (16, 8, 4, 2, 1):
         lower = jax.lax.population_count(word & ((1 << half) - 1))
@@ -322,7 +332,7 @@ def indices_by_counting(words: jax.Array) -> jax.Array:
         rank = jnp.where(above, rank - lower, rank)
         word = jnp.where(above, jax.lax.shift_right_logical(word, half), word)
         bit = jnp.where(above, bit + half, bit)
-    return jnp.where(place < ends[..., -1:], index * 32 + bit, -1)
+    return jnp.where(place < before, index * 32 + bit, -1)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Flash attention on Hopper over one interval of keys per query: compressed, window and prefix attention are three rules.
+"""Flash attention on Hopper over one interval of keys per query, of which compressed, window and prefix are rules.
 
 A query sees the keys [end - window, end), or [0, end) without a window. Steps of keys that no query of a tile sees are
 skipped by bounds that XLA computes from the ends; steps that every query sees whole take no mask. The recurrence and

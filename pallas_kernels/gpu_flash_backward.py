@@ -57,7 +57,7 @@ def query_gradient(
     do: Float[jax.Array, "B T N G D"],
     terms: Float32[jax.Array, "R tiles 2 64"],
     ends: Int32[jax.Array, "B stripes 64"],
-    items: Int32[jax.Array, "items 4"],
+    items: Int32[jax.Array, "items 5"],
 ) -> jax.Array:
     """The gradient of q, as `tile_results` says."""
     size = q.shape[4]
@@ -79,7 +79,7 @@ def query_gradient(
             q_tile, do_tile = q_smem.at[warpgroup], do_smem.at[warpgroup]
 
             def differentiate(_, item, about, done):
-                begin, steps, whole_from, whole_to = about
+                begin, steps, whole_from, whole_to, _ = about
                 part, b, n, place = decode_item(tiles, config, item)
                 tile = tiles.count - 1 - place - warpgroup
                 plgpu.barrier_wait(q_ready)
@@ -128,7 +128,7 @@ def query_gradient(
                 write_tile(tiles, dq, dq_smem, dq_ref, part, b, n, tile)
                 return done + steps
 
-            over_items(count, programs, 4, items_ref, differentiate, jnp.int32(0))
+            over_items(count, programs, 5, items_ref, differentiate, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == consumers)
@@ -152,8 +152,9 @@ def query_gradient(
                 sources = ((k_refs, k_smem, k_loaded, k_free), (v_refs, v_smem, v_loaded, v_free))
                 return fetch_keys(config, sources, about, done, b, n)
 
-            done = over_items(count, programs, 4, items_ref, fetch_item, jnp.int32(0))
-            drain(stages, done, q_free, (k_free, v_free))
+            done = over_items(count, programs, 5, items_ref, fetch_item, jnp.int32(0))
+            plgpu.barrier_wait(q_free)
+            drain(stages, done, (k_free, v_free))
 
     pieces = config.keys // KEY_ROWS
     return plgpu.kernel(
@@ -350,7 +351,8 @@ def key_gradients(
                 return done + steps
 
             done = over_items(count, programs, 10, items_ref, fetch_item, jnp.int32(0))
-            drain(stages, done, keys_free, (free,))
+            plgpu.barrier_wait(keys_free)
+            drain(stages, done, (free,))
 
     if config.parts == 1:
         out = jax.ShapeDtypeStruct(k[0].shape, dtype)

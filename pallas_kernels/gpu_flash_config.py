@@ -26,12 +26,14 @@ class QueryConfig:
       stages: steps whose keys and values are in shared memory.
       consumers: warpgroups, each with 64 rows of queries, which share the keys; 1 or 2.
       parts: ways the keys are split, for few queries; float32 results of the parts are merged after the kernel.
+      buffers: tiles of queries per warpgroup in shared memory; with 2, the next ones are read ahead.
     """
 
     keys: int
     stages: int
     consumers: int = 2
     parts: int = 1
+    buffers: int = 1
 
     def __post_init__(self):
         if self.keys % KEY_ROWS or not 0 < self.keys <= 256 or self.stages < 2 or self.consumers not in (1, 2):
@@ -91,7 +93,8 @@ class Config:
             return 2 * config.stages * config.keys * head_dim * 2
 
         return {
-            "forward": self.forward.consumers * (tile + results(self.forward.parts)) + ring(self.forward),
+            "forward": self.forward.consumers * (self.forward.buffers * tile + results(self.forward.parts))
+            + ring(self.forward),
             "dq": self.dq.consumers * (2 * tile + results(self.dq.parts)) + ring(self.dq),
             "dkdv": CONSUMERS * (2 * tile + results(self.dkdv.parts)) + 2 * self.dkdv.stages * tile,
         }
@@ -121,17 +124,13 @@ def heuristic(
     consumers = min(2, units)
     items = rows * -(-units // consumers)
     reach = keys if window is None else min(keys, window + tokens)
-    # What 64 queries see through a window of 256 is five times 64 keys.
-    narrow = window is not None and -(-(window + tokens) // 128) * 2 > -(-(window + tokens) // 64)
-    forward_keys = 64 if narrow else 128
-    forward_stages = 4 if narrow else 2
     parts = split(items, reach // 512)
     key_items = rows * -(-keys // (CONSUMERS * KEY_ROWS))
     key_parts = split(key_items, units if window is None else 1)
     double = 1 if wide else 2
     return Config(
         tokens=tokens,
-        forward=QueryConfig(forward_keys, forward_stages * double, consumers, parts),
+        forward=QueryConfig(2 * KEY_ROWS, 2 * double, consumers, parts, buffers=2 if parts == 1 else 1),
         dq=QueryConfig(KEY_ROWS, 3 * double, consumers, parts),
         dkdv=KeyConfig(3 * double, key_parts),
     )

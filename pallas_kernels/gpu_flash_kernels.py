@@ -25,7 +25,7 @@ from pallas_kernels.gpu_flash_plan import Tiles, edge
 
 
 def source(x: Float[jax.Array, "B L ..."], length: Int[jax.Array, "B"] | None) -> tuple[jax.Array, ...]:
-    """The arrays from which `fetch` copies x: with a length, past which x may hold NaN, also its `edge` and the length."""
+    """What `fetch` copies x from: with a length, past which x may hold NaN, also its `edge` and the length."""
     return (x,) if length is None else (x, edge(x, length), length.astype(jnp.int32))
 
 
@@ -77,7 +77,7 @@ def store_tile(tiles: Tiles, source: Ref, target: Ref, batch: Any, head: Any, ti
 
 
 def tile_results(parts: int, tiles: Tiles, like: Any) -> jax.ShapeDtypeStruct:
-    """What a kernel over tiles of queries returns: an array like the queries; of parts, float32 tiles [PR, tiles, 64, D]."""
+    """What kernels over tiles of queries return: an array like q; of parts, float32 tiles [PR, tiles, 64, D]."""
     if parts == 1:
         return jax.ShapeDtypeStruct(like.shape, like.dtype)
     return jax.ShapeDtypeStruct((parts * tiles.rows, tiles.count, TILE_ROWS, like.shape[-1]), jnp.float32)
@@ -183,14 +183,13 @@ def fetch_keys(
     return done + steps
 
 
-def drain(stages: int, done: Any, tile_free: Ref, rings: tuple[Ref, ...]) -> None:
+def drain(slots: int, done: Any, rings: tuple[Ref, ...]) -> None:
     """Waits until the consumers have released all that was fetched: no barrier may complete after its last wait."""
-    plgpu.barrier_wait(tile_free)
 
-    @pl.loop(jnp.maximum(done - stages, 0), done)
+    @pl.loop(jnp.maximum(done - slots, 0), done)
     def _(place):
         for free in rings:
-            plgpu.barrier_wait(free.at[lax.rem(place, stages)])
+            plgpu.barrier_wait(free.at[lax.rem(place, slots)])
 
 
 def key_mask(row_end: Any, begin: Any, keys: int, window: int | None) -> Any:
@@ -219,7 +218,8 @@ def launch(items: int, programs: int, consumers: int) -> dict[str, Any]:
         "grid_names": ("program",),
         "num_threads": consumers + 1,
         "thread_name": "warpgroup",
-        "compiler_params": plgpu.CompilerParams(approx_math=True),
+        # Reductions along rows stay within four lanes.
+        "compiler_params": plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     }
 
 
@@ -239,7 +239,7 @@ def forward(
     k: tuple[jax.Array, ...],
     v: tuple[jax.Array, ...],
     ends: Int32[jax.Array, "B stripes 64"],
-    items: Int32[jax.Array, "items 4"],
+    items: Int32[jax.Array, "items 5"],
 ) -> tuple[jax.Array, Float32[jax.Array, "PR tiles 64"]]:
     """Runs the forward kernel.
 
@@ -279,34 +279,36 @@ def forward(
         @pl.when(warpgroup < consumers)
         def _():
             share_registers(consumers, "increase")
-            q_tile, lse_tile = q_smem.at[warpgroup], lse_smem.at[warpgroup]
+            lse_tile = lse_smem.at[warpgroup]
 
-            def attend(_, item, about, done):
-                begin, steps, whole_from, whole_to = about
+            def attend(i, item, about, done):
+                begin, steps, whole_from, whole_to, full = about
                 part, b, n, place = decode_item(tiles, config, item)
                 tile = tiles.count - 1 - place - warpgroup
-                plgpu.barrier_wait(q_ready)
-                row_end = plgpu.load(ends_smem.at[warpgroup], layout=ROW_LAYOUT)
+                buffer = lax.rem(i, config.buffers)
+                q_tile = q_smem.at[buffer, warpgroup]
+                plgpu.barrier_wait(q_ready.at[buffer])
+                row_end = plgpu.load(ends_smem.at[buffer, warpgroup], layout=ROW_LAYOUT)
 
-                def step(i, carry, masked):
+                def step(i, carry, masked, keys=config.keys):
                     acc, top, total = carry
                     slot = lax.rem(done + i, stages)
                     plgpu.barrier_wait(k_loaded.at[slot])
 
                     def logits(s_ref):
-                        plgpu.wgmma(s_ref, q_tile, k_smem.at[slot].transpose((1, 0)))
+                        plgpu.wgmma(s_ref, q_tile, k_smem.at[slot, pl.ds(0, keys)].transpose((1, 0)))
                         rendezvous()
                         return s_ref[...]
 
-                    s = pl.run_scoped(logits, plgpu.ACC((TILE_ROWS, config.keys), jnp.float32))
+                    s = pl.run_scoped(logits, plgpu.ACC((TILE_ROWS, keys), jnp.float32))
                     plgpu.barrier_arrive(k_free.at[slot])
 
                     @pl.when(i + 1 == steps)
                     def _():
-                        plgpu.barrier_arrive(q_free)
+                        plgpu.barrier_arrive(q_free.at[buffer])
 
                     if masked:
-                        s = jnp.where(key_mask(row_end, begin + i * config.keys, config.keys, window), s, -jnp.inf)
+                        s = jnp.where(key_mask(row_end, begin + i * config.keys, keys, window), s, -jnp.inf)
                     new_top = jnp.maximum(top, s.max(axis=1) * scale)
                     p = jnp.exp2(s * scale - lax.broadcast_in_dim(new_top, s.shape, [0]))
                     rescale = jnp.exp2(top - new_top)
@@ -320,7 +322,7 @@ def forward(
                     plgpu.barrier_wait(v_loaded.at[slot])
                     if consumers > 1:
                         plgpu.barrier_wait(turn)
-                    acc = gpu.add_product(acc, p, v_smem.at[slot], interpret)
+                    acc = gpu.add_product(acc, p, v_smem.at[slot, pl.ds(0, keys)], interpret)
                     plgpu.barrier_arrive(v_free.at[slot])
                     return acc, new_top, total
 
@@ -329,12 +331,15 @@ def forward(
                     plgpu.layout_cast(jnp.full((TILE_ROWS,), EMPTY_LSE, jnp.float32), ROW_LAYOUT),
                     plgpu.layout_cast(jnp.zeros((TILE_ROWS,), jnp.float32), ROW_LAYOUT),
                 )
-                ranges = (0, whole_from, whole_to, steps)
-                acc, top, total = three_loops(ranges, step, carry, window is not None)
+                carry = three_loops((0, whole_from, whole_to, full), step, carry, window is not None)
+                if config.keys > KEY_ROWS:
+                    short = functools.partial(step, masked=True, keys=KEY_ROWS)
+                    carry = lax.fori_loop(full, steps, short, carry)
+                acc, top, total = carry
 
                 @pl.when(steps == 0)
                 def _():
-                    plgpu.barrier_arrive(q_free)
+                    plgpu.barrier_arrive(q_free.at[buffer])
 
                 empty = total == 0.0
                 divisor = jnp.where(empty, 1.0, total)
@@ -352,7 +357,7 @@ def forward(
 
             # The second warpgroup starts half a step after the first.
             pl.when(warpgroup == 1)(rendezvous)
-            over_items(count, programs, 4, items_ref, attend, jnp.int32(0))
+            over_items(count, programs, 5, items_ref, attend, jnp.int32(0))
             pl.when(warpgroup == 0)(rendezvous)
             plgpu.wait_smem_to_gmem(0)
 
@@ -360,23 +365,27 @@ def forward(
         def _():
             share_registers(consumers, "decrease")
 
-            def fetch_item(i, item, about, done):
+            def fetch_item(i, item, about, carry):
                 _, b, n, place = decode_item(tiles, config, item)
+                buffer = lax.rem(i, config.buffers)
+                ready = q_ready.at[buffer]
 
-                @pl.when(i > 0)
+                @pl.when(i >= config.buffers)
                 def _():
-                    plgpu.barrier_wait(q_free)
+                    plgpu.barrier_wait(q_free.at[buffer])
 
                 for c in range(consumers):
                     tile = jnp.maximum(tiles.count - 1 - place - c, 0)
-                    fetch_tile(tiles, q_ref, b, n, tile, q_smem.at[c], q_ready)
+                    fetch_tile(tiles, q_ref, b, n, tile, q_smem.at[buffer, c], ready)
                     stripe = lax.div(tile, tiles.heads_apart)
-                    plgpu.copy_gmem_to_smem(ends_ref.at[b, stripe], ends_smem.at[c], q_ready)
+                    plgpu.copy_gmem_to_smem(ends_ref.at[b, stripe], ends_smem.at[buffer, c], ready)
                 sources = ((k_refs, k_smem, k_loaded, k_free), (v_refs, v_smem, v_loaded, v_free))
-                return fetch_keys(config, sources, about, done, b, n)
+                return i + 1, fetch_keys(config, sources, about, carry[1], b, n)
 
-            done = over_items(count, programs, 4, items_ref, fetch_item, jnp.int32(0))
-            drain(stages, done, q_free, (k_free, v_free))
+            zero = jnp.int32(0)
+            rounds, done = over_items(count, programs, 5, items_ref, fetch_item, (zero, zero))
+            drain(config.buffers, rounds, (q_free,))
+            drain(stages, done, (k_free, v_free))
 
     pieces = config.keys // KEY_ROWS
     return plgpu.kernel(
@@ -386,14 +395,14 @@ def forward(
             jax.ShapeDtypeStruct((config.parts * tiles.rows, tiles.count, TILE_ROWS), jnp.float32),
         ),
         scratch_types=(
-            gpu.tile_memory((consumers, TILE_ROWS, size), q.dtype),
+            gpu.tile_memory((config.buffers, consumers, TILE_ROWS, size), q.dtype),
             gpu.tile_memory((stages, config.keys, size), q.dtype),
             gpu.tile_memory((stages, config.keys, size), q.dtype),
-            plgpu.SMEM((consumers, TILE_ROWS), jnp.int32),
+            plgpu.SMEM((config.buffers, consumers, TILE_ROWS), jnp.int32),
             plgpu.SMEM((consumers, TILE_ROWS), jnp.float32),
             *result_memory(config.parts, consumers, size, q.dtype),
-            plgpu.Barrier(num_arrivals=consumers * (tile_copies(tiles) + 1)),
-            plgpu.Barrier(num_arrivals=consumers),
+            plgpu.Barrier(num_arrivals=consumers * (tile_copies(tiles) + 1), num_barriers=config.buffers),
+            plgpu.Barrier(num_arrivals=consumers, num_barriers=config.buffers),
             plgpu.Barrier(num_arrivals=pieces, num_barriers=stages),
             plgpu.Barrier(num_arrivals=pieces, num_barriers=stages),
             plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),

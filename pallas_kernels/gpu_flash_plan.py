@@ -102,11 +102,12 @@ def bounds(ends: Int32[jax.Array, "B stripes 64"], window: int | None) -> tuple[
 
 def query_items(
     config: QueryConfig, tiles: Tiles, ends: Int32[jax.Array, "B stripes 64"], window: int | None
-) -> Int32[jax.Array, "items 4"]:
+) -> Int32[jax.Array, "items 5"]:
     """The steps of each item of work: `consumers` tiles, the last ones first, and a part of the keys they see.
 
-    An item is the first key, the number of steps and the steps [from, to) that need no mask. Items go row by row, from
-    the last tiles, which see the most keys, to the first, and part by part.
+    An item is the first key, the number of steps, the steps [from, to) that need no mask, and the number of whole
+    steps: one less where the last one needs only its first 64 keys. Items go row by row, from the last tiles, which
+    see the most keys, to the first, and part by part.
     """
     groups = -(-tiles.count // config.consumers)
     tile = tiles.count - 1 - np.arange(groups * config.consumers).reshape(groups, config.consumers)
@@ -119,12 +120,15 @@ def query_items(
     whole_from = -(-(whole_low - first) // config.keys)
     whole_to = (whole_high - first) // config.keys
 
+    short = (steps > 0) & (high - first <= (steps - 1) * config.keys + KEY_ROWS) & (config.keys > KEY_ROWS)
+
     part = jnp.arange(config.parts)
-    first, steps, whole_from, whole_to = (x[..., None] for x in (first, steps, whole_from, whole_to))
+    first, steps, whole_from, whole_to, short = (x[..., None] for x in (first, steps, whole_from, whole_to, short))
     begin, end = steps * part // config.parts, steps * (part + 1) // config.parts
-    whole_from = jnp.clip(whole_from - begin, 0, end - begin)
-    whole_to = jnp.clip(whole_to - begin, whole_from, end - begin)
-    items = jnp.stack([first + begin * config.keys, end - begin, whole_from, whole_to], axis=-1)
+    full = end - begin - (short & (end == steps))
+    whole_from = jnp.clip(whole_from - begin, 0, full)
+    whole_to = jnp.clip(whole_to - begin, whole_from, full)
+    items = jnp.stack([first + begin * config.keys, end - begin, whole_from, whole_to, full], axis=-1)
     items = jnp.broadcast_to(items[:, None], (tiles.batch, tiles.heads, *items.shape[1:]))
     return items.reshape(-1, items.shape[-1])
 
@@ -135,7 +139,8 @@ def key_items(
     """The tiles of queries that each item of work visits: 128 keys of a KV head and a part of the queries.
 
     An item is the first tile and their number, then for each of the two warpgroups four places among them: it takes
-    those in [0, 3), and those in [1, 2) need no mask. Items go from the first keys to the last, row by row, part by part.
+    those from the first place to the fourth, and between the second and the third it needs no mask. Items go from the
+    first keys to the last, row by row, part by part.
     """
     count = -(-keys // (CONSUMERS * KEY_ROWS)) * CONSUMERS
     low, high, whole_low, whole_high = (x[:, None] for x in bounds(ends, window))

@@ -1,6 +1,7 @@
 """Tile configurations of the Hopper kernels of block selection."""
 
 import dataclasses
+import math
 
 from pallas_kernels.gpu import TILE_ROWS, WARPS
 
@@ -11,6 +12,10 @@ LANES = 32
 """Threads of a warp: the blocks of one word, and one thread's share of a row."""
 
 
+MULTIPROCESSORS = 132
+"""Of an H100 or H200 (SXM); each runs one thread block of the importance kernel at a time."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """How block selection runs.
@@ -19,6 +24,7 @@ class Config:
       stages: tiles of block means in flight.
       columns: block means per tile; 64 or 128.
       consumers: warpgroups that compute importances; 2 or 3.
+      ahead: whether a warpgroup starts the next head's product before it takes the exponents of this one.
       row_values: scores that a thread of the choosing kernel keeps in registers.
       variants: lengths of rows that the choosing kernel is compiled for: a query's row is as long as its past.
       score_bytes: most device memory for the scores of one chunk of queries.
@@ -27,9 +33,10 @@ class Config:
     stages: int
     columns: int = COLUMNS
     consumers: int = 2
-    row_values: int = 80
+    ahead: bool = True
+    row_values: int = 40
     variants: int = 4
-    score_bytes: int = 1 << 28
+    score_bytes: int = 1 << 29
 
     def __post_init__(self):
         if self.stages < 2 or self.columns not in (64, COLUMNS) or self.consumers not in (2, 3):
@@ -42,11 +49,15 @@ class Config:
         return (group * TILE_ROWS + self.stages * self.columns) * head_dim * 2
 
     def chunk(self, queries: int, rows: int, columns: int) -> int:
-        """Queries per chunk: whole tiles, all chunks alike, scores within `score_bytes`."""
+        """Queries per chunk: whole tiles, scores within `score_bytes`, thread blocks that fill the device evenly."""
         tiles = -(-queries // TILE_ROWS)
         most = max(1, self.score_bytes // (4 * rows * columns * TILE_ROWS))
-        chunks = -(-tiles // most)
-        return -(-tiles // chunks) * TILE_ROWS
+        if tiles <= most:
+            return tiles * TILE_ROWS
+        wave = MULTIPROCESSORS // math.gcd(MULTIPROCESSORS, rows)
+        even = -(-tiles // -(-tiles // most))
+        up = -(-even // wave) * wave
+        return (up if up <= most else most // wave * wave or even) * TILE_ROWS
 
     def rows_per_warp(self, words: int) -> int:
         """Queries whose scores one warp of the choosing kernel keeps, for rows of so many words."""

@@ -75,12 +75,15 @@ def importance(
 
                 @pl.when(turn == warpgroup)
                 def _():
-                    total = plgpu.layout_cast(jnp.zeros((TILE_ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
-                    for g, shift in enumerate(shifts):
-                        s = gpu.product(q_smem.at[g], k_smem.at[slot].transpose((1, 0)), width)
-                        if g == group - 1:
-                            plgpu.barrier_arrive(consumed.at[slot])
-                        total += jnp.exp2(s * scale - lax.broadcast_in_dim(shift, s.shape, [0]))
+                    if config.ahead:
+                        total = _sum_ahead(q_smem, k_smem.at[slot], shifts, scale, consumed.at[slot])
+                    else:
+                        total = plgpu.layout_cast(jnp.zeros((TILE_ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
+                        for g, shift in enumerate(shifts):
+                            s = gpu.product(q_smem.at[g], k_smem.at[slot].transpose((1, 0)), width)
+                            if g == group - 1:
+                                plgpu.barrier_arrive(consumed.at[slot])
+                            total += jnp.exp2(s * scale - lax.broadcast_in_dim(shift, s.shape, [0]))
                     place = (pl.ds(tile * TILE_ROWS, TILE_ROWS), pl.ds(pl.multiple_of(j * width, width), width))
                     scores_ref.at[row][place] = total
 
@@ -126,3 +129,32 @@ def importance(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )(q, k_blocks, lse, last, start)
+
+
+def _sum_ahead(q_smem: gpu.Ref, k_tile: gpu.Ref, shifts: list[jax.Array], scale: float, consumed: gpu.Ref) -> jax.Array:
+    """Sums exp2(Q_g K^T scale - shift_g) over the heads; head g + 1 multiplies while head g takes its exponents."""
+    accumulator = plgpu.ACC((TILE_ROWS, k_tile.shape[0]), jnp.float32)
+
+    def start(acc: gpu.Ref, g: int) -> None:
+        plgpu.wgmma(acc, q_smem.at[g], k_tile.transpose((1, 0)))
+
+    def add(total: jax.Array, s: jax.Array, g: int) -> jax.Array:
+        return total + jnp.exp2(s * scale - lax.broadcast_in_dim(shifts[g], s.shape, [0]))
+
+    def finish(acc: gpu.Ref, g: int, total: jax.Array) -> jax.Array:
+        if g + 1 == len(shifts):
+            s = plgpu.wgmma_accumulator_load(acc, wait_n=0)
+            plgpu.barrier_arrive(consumed)
+            return add(total, s, g)
+
+        def with_next(following: gpu.Ref) -> jax.Array:
+            start(following, g + 1)
+            return finish(following, g + 1, add(total, plgpu.wgmma_accumulator_load(acc, wait_n=1), g))
+
+        return pl.run_scoped(with_next, accumulator)
+
+    def first(acc: gpu.Ref) -> jax.Array:
+        start(acc, 0)
+        return finish(acc, 0, plgpu.layout_cast(jnp.zeros(accumulator.shape, jnp.float32), plgpu.Layout.WGMMA))
+
+    return pl.run_scoped(first, accumulator)

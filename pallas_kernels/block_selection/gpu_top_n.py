@@ -19,8 +19,6 @@ from jaxtyping import Float32, Int32
 from pallas_kernels.block_selection.gpu_config import LANES, Config
 from pallas_kernels.gpu import TILE_ROWS, WARPS
 
-_FORCED = 0x7F000000  # bits of a float beyond every importance
-_NO_CANDIDATE = -1
 _OCTAVE = 1 << 23  # a factor of two, in a float's bits
 
 _SCORES = plgpu.Layout.TILED(plgpu.Tiling(((WARPS, 1, LANES), (1,))), warp_dims=(-4,), lane_dims=(-2,), vector_dim=-1)
@@ -28,6 +26,12 @@ _SCORES = plgpu.Layout.TILED(plgpu.Tiling(((WARPS, 1, LANES), (1,))), warp_dims=
 
 _ROWS = _SCORES.reduce((1, 2))
 """[rows]: one value per row."""
+
+_WORDS = _SCORES.reduce((0, 2))
+"""[words]: the same in every thread, so that a word's index is a constant of its register."""
+
+_LANES = _SCORES.reduce((0, 1))
+"""[32]: one value per thread of a warp."""
 
 
 def choose(
@@ -74,23 +78,23 @@ def choose(
         current = plgpu.load(current_ref.at[b, pl.ds(first, tokens)], layout=_ROWS, optimized=False)
         needed = lax.div(last_ref[b, lax.div(first, TILE_ROWS)] + LANES, LANES)
 
+        def write(place, values):
+            words_ref.at[b, own, n, place][...] = plgpu.layout_cast(values, _SCORES.reduce((2,)))
+
         def variant(width):
             def run():
-                score = plgpu.load(scores_ref.at[row, own, pl.ds(0, width)], layout=_SCORES, optimized=False)
-                chosen = choose_row(score, current)
-                words_ref.at[b, own, n, pl.ds(0, width)][...] = chosen
+                if width:
+                    score = plgpu.load(scores_ref.at[row, own, pl.ds(0, width)], layout=_SCORES, optimized=False)
+                    write(pl.ds(0, width), choose_row(score, current))
                 if width < words:
-                    rest = plgpu.layout_cast(jnp.zeros((tokens, words - width), jnp.int32), _SCORES.reduce((2,)))
-                    words_ref.at[b, own, n, pl.ds(width, words - width)][...] = rest
+                    write(pl.ds(width, words - width), jnp.zeros((tokens, words - width), jnp.int32))
 
             return run
 
-        variants = config.widths(words)
-        if len(variants) == 1:
-            variant(words)()
-        else:
-            place = sum((needed > width).astype(jnp.int32) for width in variants[:-1])
-            lax.switch(place, [variant(width) for width in variants])
+        widths = (0, *config.widths(words))
+        lax.switch(
+            sum((needed > width).astype(jnp.int32) for width in widths[:-1]), [variant(width) for width in widths]
+        )
 
     return plgpu.kernel(
         body,
@@ -107,30 +111,32 @@ def _chosen(
 ) -> Int32[jax.Array, "rows W"]:
     """Bits of the chosen blocks."""
     shape = score.shape
-    index, lane = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=_SCORES) for axis in (1, 2))
-    index = index * LANES + lane
-    own = lax.broadcast_in_dim(current, shape, [0])
-    forced = (index < init_blocks) | (index > own - local_blocks)
-    bits = jnp.where(index <= own, lax.bitcast_convert_type(score, jnp.int32), _NO_CANDIDATE)
-    free = jnp.where(forced, _NO_CANDIDATE, bits)
-    keys = jnp.where(forced & (index <= own), _FORCED, free)
+    lane = plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=_LANES)
+    word = plgpu.broadcasted_iota(jnp.int32, (shape[1],), 0, layout=_WORDS)
+    first = lax.broadcast_in_dim(word * -LANES, shape, [1])
 
-    def count(holds: jax.Array) -> jax.Array:
-        return _over_row(jnp.sum, holds.astype(jnp.int32))
+    def below(end: jax.Array) -> jax.Array:
+        """Blocks whose index is less than each row's `end`: one comparison with a constant."""
+        return lax.broadcast_in_dim(lane, shape, [2]) - lax.broadcast_in_dim(end, shape, [0]) < first
 
-    top = _over_row(jnp.max, free)
     candidates = jnp.minimum(current + 1, shape[1] * LANES)
-    mean = _over_row(jnp.sum, lax.bitcast_convert_type(jnp.maximum(free, 0), jnp.float32)) / (
-        jnp.maximum(candidates, 1).astype(jnp.float32)
-    )
+    end = current + (1 - local_blocks)
+    free = below(end)
+    initial = below(jnp.full_like(current, init_blocks)) if init_blocks else None
+    keys = jnp.where(free, lax.bitcast_convert_type(score, jnp.int32), 0)
+    if init_blocks:
+        keys = jnp.where(initial, 0, keys)
+
     forced_count = jnp.minimum(candidates, init_blocks + local_blocks)
-    threshold, tie_end = _threshold(
-        keys, index, count, places, top, lax.bitcast_convert_type(mean, jnp.int32), forced_count, candidates
-    )
-    reach = jnp.where(index < lax.broadcast_in_dim(tie_end, shape, [0]), 0, 1)
-    taken = keys >= lax.broadcast_in_dim(threshold, shape, [0]) + reach
-    bit = lax.shift_left(jnp.ones_like(lane), lane)
-    return jnp.where(taken, bit, 0).sum(axis=2)
+    threshold, tie_end = _threshold(keys, below, initial, places - forced_count, candidates - forced_count)
+    # Forced blocks have the key 0; where that is the threshold, no block past the free ones is taken.
+    beyond = jnp.where(below(jnp.minimum(tie_end, end)), 0, 1)
+    taken = keys >= lax.broadcast_in_dim(threshold, shape, [0]) + beyond
+    forced = below(current + 1) & (below(end) == False)  # noqa: E712
+    if init_blocks:
+        forced = forced | (initial & below(current + 1))
+    bit = lax.broadcast_in_dim(lax.shift_left(jnp.ones_like(lane), lane), shape, [2])
+    return jnp.where(taken | forced, bit, 0).sum(axis=2)
 
 
 def _over_row(fold: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
@@ -139,35 +145,34 @@ def _over_row(fold: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
     return plgpu.layout_cast(fold(by_thread, axis=1), _ROWS)
 
 
+def _count(holds: jax.Array) -> jax.Array:
+    """How many of each row's blocks hold."""
+    return _over_row(jnp.sum, holds.astype(jnp.int32))
+
+
 def _any(x: jax.Array) -> jax.Array:
     return jnp.max(x.astype(jnp.int32)) > 0
 
 
 def _threshold(
     keys: jax.Array,
-    index: jax.Array,
-    count: Callable[[jax.Array], jax.Array],
-    places: int,
-    top: jax.Array,
-    mean: jax.Array,
-    forced: jax.Array,
+    below: Callable[[jax.Array], jax.Array],
+    initial: jax.Array | None,
+    places: jax.Array,
     candidates: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Per row the key that a taken block reaches, and the index below which a block of just that key is taken.
 
     Args:
-      keys: [rows, W, 32], bits of importances, _FORCED or _NO_CANDIDATE.
-      index: of each block.
-      count: how many of a row's blocks hold.
-      places: n.
-      top: the highest key that is not forced.
-      mean: bits of the mean importance, where the search begins.
-      forced: how many blocks are forced, at most `places`.
-      candidates: how many blocks there are to choose from.
+      keys: [rows, W, 32], bits of the importances of the free candidates, 0 for all other blocks.
+      below: which blocks' index is less than a row's value.
+      initial: blocks that are forced though their index is less than a free one's; None: there are none.
+      places: how many free candidates to take.
+      candidates: how many there are.
     """
 
-    def reached(threshold: jax.Array) -> jax.Array:
-        return count(keys >= lax.broadcast_in_dim(threshold, keys.shape, [0]))
+    def wide(x: jax.Array) -> jax.Array:
+        return lax.broadcast_in_dim(x, keys.shape, [0])
 
     def searching(state: Any) -> jax.Array:
         low, high, at_low, _, _ = state
@@ -177,7 +182,7 @@ def _threshold(
         low, high, at_low, at_high, step = state
         guess = _guess(low, high, at_low, at_high, step, places, mean)
         middle = jnp.minimum(jnp.maximum(guess, low + 1), high - 1)
-        at_middle = reached(middle)
+        at_middle = _count(keys >= wide(middle))
         active = (at_low > places) & (high - low > 1)
         to_low, to_high = active & (at_middle >= places), active & (at_middle < places)
         return (
@@ -188,29 +193,33 @@ def _threshold(
             step + 1,
         )
 
-    # `places` blocks or more reach `low`, fewer reach `high`.
-    full = forced >= places
-    low, high = jnp.where(full, _FORCED, 0), jnp.where(full, _FORCED, top) + 1
-    state = low, high, jnp.where(full, places, candidates), jnp.where(full, 0, forced), jnp.zeros_like(low)
+    top = _over_row(jnp.max, keys)
+    total = _over_row(jnp.sum, lax.bitcast_convert_type(keys, jnp.float32))
+    mean = lax.bitcast_convert_type(total / jnp.maximum(candidates, 1).astype(jnp.float32), jnp.int32)
+    zero = jnp.zeros_like(top)
+    # `places` candidates or more reach `low`, fewer reach `high`.
+    none = places <= 0
+    state = jnp.where(none, top + 1, 0), top + 2, jnp.where(none, 0, candidates), zero, zero
     low, _, at_low, at_high, _ = lax.while_loop(searching, search, state)
 
     tied = at_low > places
     missing = places - at_high
 
     def bisecting_place(state: Any) -> jax.Array:
-        below, reach = state
-        return _any(tied & (reach - below > 1))
+        under, reach = state
+        return _any(tied & (reach - under > 1))
 
     def bisect_place(state: Any) -> Any:
-        below, reach = state
-        middle = lax.shift_right_logical(below + reach, 1)
-        threshold, end = (lax.broadcast_in_dim(x, keys.shape, [0]) for x in (low, middle))
-        enough = count((keys == threshold) & (index < end)) >= missing
-        return jnp.where(enough, below, middle), jnp.where(enough, middle, reach)
+        under, reach = state
+        middle = lax.shift_right_logical(under + reach, 1)
+        alike = (keys == wide(low)) & below(middle)
+        if initial is not None:
+            alike = alike & (initial == False)  # noqa: E712
+        enough = _count(alike) >= missing
+        return jnp.where(enough, under, middle), jnp.where(enough, middle, reach)
 
     blocks = keys.shape[1] * LANES
-    state = jnp.zeros_like(low), jnp.full_like(low, blocks)
-    _, reach = lax.while_loop(bisecting_place, bisect_place, state)
+    _, reach = lax.while_loop(bisecting_place, bisect_place, (zero, jnp.full_like(low, blocks)))
     return low, jnp.where(tied, reach, blocks)
 
 
@@ -220,7 +229,7 @@ def _guess(
     at_low: jax.Array,
     at_high: jax.Array,
     step: jax.Array,
-    places: int,
+    places: jax.Array,
     mean: jax.Array,
 ) -> jax.Array:
     """Where to look next: the log of the count is taken to fall in a straight line with the log of the importance.
@@ -229,7 +238,7 @@ def _guess(
     """
     log_low = jnp.log2(at_low.astype(jnp.float32))
     log_high = jnp.log2(jnp.maximum(at_high.astype(jnp.float32), 0.5))
-    share = (log_low - jnp.log2(jnp.float32(places + 0.3))) / (log_low - log_high)
+    share = (log_low - jnp.log2(places.astype(jnp.float32) + 0.3)) / (log_low - log_high)
     share = jnp.minimum(jnp.maximum(share, 1 / 64), 63 / 64)
     between = low + ((high - low).astype(jnp.float32) * share).astype(jnp.int32)
     down = jnp.maximum(high - 4 * step * _OCTAVE, lax.shift_right_logical(high, 1))

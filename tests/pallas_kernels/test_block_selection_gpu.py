@@ -182,11 +182,13 @@ def test_shared_memory_holds_what_the_heuristic_asks_for():
 
 
 def test_chunks_are_whole_tiles_within_the_memory_asked_for():
-    tight = gpu_config.Config(stages=2, score_bytes=4 * 4 * 256 * 64 * 3)
-    assert tight.chunk(64 * 7, 4, 256) == 64 * 3
-    assert tight.chunk(64 * 4 + 1, 4, 256) == 64 * 3
-    assert tight.chunk(64 * 4, 4, 256) == 64 * 2
+    tile = 4 * 4 * 256 * 64
+    assert gpu_config.Config(stages=2, score_bytes=8 * tile).chunk(64 * 7 + 1, 4, 256) == 64 * 8
+    assert gpu_config.Config(stages=2, score_bytes=7 * tile).chunk(64 * 7 + 1, 4, 256) == 64 * 4
     assert gpu_config.Config(stages=2, score_bytes=1).chunk(300, 4, 256) == 64
+    # 132 thread blocks of 4 rows are 33 tiles.
+    assert gpu_config.Config(stages=2, score_bytes=70 * tile).chunk(64 * 100, 4, 256) == 64 * 66
+    assert gpu_config.Config(stages=2, score_bytes=60 * tile).chunk(64 * 100, 4, 256) == 64 * 33
 
 
 def test_words_hold_the_blocks_and_give_them_back_in_order():

@@ -22,8 +22,9 @@ from pallas_kernels.window_attention import reference as window_reference
 
 
 def small_config(tokens=64, consumers=2, parts=1, key_parts=1):
-    tiles = QueryConfig(64, 2, consumers, parts)
-    return Config(tokens=tokens, forward=tiles, dq=tiles, dkdv=KeyConfig(2, key_parts), programs=2)
+    forward = QueryConfig(128, 2, consumers, parts, buffers=1 if parts > 1 else 2)
+    dq = QueryConfig(64, 2, consumers, parts)
+    return Config(tokens=tokens, forward=forward, dq=dq, dkdv=KeyConfig(2, key_parts), programs=2)
 
 
 def draw(shape, seed, dtype, end=None):
@@ -200,14 +201,15 @@ def test_steps_hold_each_visible_pair_once_and_masks_where_they_are_needed(windo
     count = np.zeros((queries, group, keys), int)
     config = QueryConfig(128, 2, 2, parts)
     items = np.asarray(gpu_flash_plan.query_items(config, tiles, ends, window))
-    for place, (begin, steps, whole_from, whole_to) in enumerate(items):
+    for place, (begin, steps, whole_from, whole_to, full) in enumerate(items):
         for c in range(2):
             tile = tiles.count - 1 - place // parts * 2 - c
             if tile < 0:
                 continue
             token = slice(tile // group * 64, tile // group * 64 + 64)
+            assert 0 <= whole_from <= whole_to <= full <= steps
             for step in range(steps):
-                column = slice(begin + 128 * step, begin + 128 * (step + 1))
+                column = slice(begin + 128 * step, begin + 128 * step + (128 if step < full else 64))
                 count[token, tile % group, column] += 1
                 if whole_from <= step < whole_to:
                     assert sees[token, column].all()
