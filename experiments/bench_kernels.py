@@ -12,12 +12,14 @@ among several inputs; the JSON keeps every sample, with figures drawn beside it 
 `nsa_attention` is timed with blocks drawn at a stated similarity rho of neighbours (experiments/drawn_cases.py): the
 importance and the top-n of its own choice are computed all the same, compared with the drawn blocks so that they cannot
 be left out, and the drawn ones go to selection ("rho 0.8"). Beside it stands its own choice on random arrays ("own")
-and on those of a trained model ("trained LAYER", --tensors; the clip is repeated up to each length).
+and on those of a trained model ("trained", --tensors: the clip repeated up to each length, its layers as KV heads).
 Floors are those of an H100: experiments/kernel_floors.py.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import importlib.util
 import json
@@ -30,9 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from experiments import kernel_checks
-from experiments.drawn_cases import trained_cases, union_size
+from experiments.drawn_cases import trained_tensors, union_size
 from experiments.kernel_floors import Unions, floor
 from experiments.kernel_operations import OPERATIONS, Arrays, Operation
 from experiments.timing import median_ms, poison
@@ -85,14 +88,13 @@ def cases(name: str, length: int, options: argparse.Namespace) -> Iterator[Case]
     if not operation.chooses:
         yield Case(name, "", spec, drawn(None))
         return
-    for rho in options.rho:
+    for rho in options.rho + tuple(rho for at, rho in options.also if at == length):
         inputs = drawn(rho)
         yield Case(name, f"rho {rho:g}", spec, inputs, _unions(spec, inputs[0][-1]))
     if name == "nsa_attention":
         yield Case(name, "own", spec, drawn(None))
-        for path in options.tensors:
-            for trained, tensors in trained_cases(path, length).values():
-                yield Case(name, trained.name, trained, [tensors])
+        if options.tensors:
+            yield Case(name, "trained", spec, [trained_tensors(options.tensors, spec)])
 
 
 def _unions(spec: Spec, block_indices: jax.Array) -> Unions:
@@ -101,18 +103,16 @@ def _unions(spec: Spec, block_indices: jax.Array) -> Unions:
 
 
 @functools.lru_cache(maxsize=2)
-def own_choice(case: Case, implementation: str) -> jax.Array:
-    """The blocks that an implementation of `nsa_attention` chooses on the first inputs."""
-    spec = case.spec
+def _choice(spec: Spec, implementation: str, shapes: tuple[Any, ...]) -> Any:
+    """Compiles what `nsa_attention` chooses: q, k, v -> blocks."""
 
-    @jax.jit
     def choose(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         shared = {"block_size": spec.block_size, "implementation": implementation}
         k_blocks, v_blocks = block_means(k, spec.block_size), block_means(v, spec.block_size)
         lse = compressed_attention(q, k_blocks, v_blocks, **shared)[1]
         return block_selection(q, k_blocks, lse, block_count=spec.block_count, **shared)
 
-    return choose(*case.inputs[0][:3])
+    return jax.jit(choose).lower(*shapes).compile()
 
 
 @functools.lru_cache(maxsize=8)
@@ -134,11 +134,6 @@ def compiled_pass(name: str, spec: Spec, implementation: str, gradient: bool, sh
     return jax.jit(both).lower(shapes, jax.eval_shape(call, *shapes)).compile()
 
 
-def shapes_of(arrays: Arrays) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Shapes and dtypes."""
-    return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
-
-
 def memory(compiled: Any) -> dict[str, int]:
     """Bytes beyond the arguments: scratch, results, and both."""
     analysis = compiled.memory_analysis()
@@ -146,25 +141,17 @@ def memory(compiled: Any) -> dict[str, int]:
     return {"scratch_bytes": scratch, "result_bytes": results, "extra_bytes": scratch + results}
 
 
-@functools.lru_cache(maxsize=1)
-def _expected(case: Case, implementation: str | None, gradient: bool) -> tuple[Any, kernel_checks.Expected]:
-    """A cotangent of the sampled queries, and what the reference makes of it; `implementation` makes the choice."""
-    operation, arrays = case.operation, case.inputs[0]
-    if implementation is not None:
-        arrays = (*arrays, own_choice(case, implementation))
-    do = kernel_checks.only_sampled(operation, cotangent(case, seed=99)) if gradient else None
-    return do, kernel_checks.expected_values(operation, case.spec, arrays, do)
-
-
-def check(case: Case, implementation: str, gradient: bool, compiled: Any, *, with_gradients: bool) -> dict[str, float]:
+def check(
+    case: Case, compiled: Any, gradient: bool, reference: Any, choice: jax.Array | None = None
+) -> dict[str, float]:
     """Errors on the first inputs.
 
     Args:
       case: what was asked for.
-      implementation: what computes.
-      gradient: whether `compiled` returns gradients.
       compiled: from `compiled_pass`.
-      with_gradients: whether the reference is to make gradients, for this pass or another one of the case.
+      gradient: whether it returns gradients.
+      reference: from `kernel_checks.compiled_reference`; not read for the choice of blocks.
+      choice: the blocks that `compiled` chooses, where the inputs hold none.
 
     Returns:
       Relative errors by name.
@@ -176,8 +163,9 @@ def check(case: Case, implementation: str, gradient: bool, compiled: Any, *, wit
     if case.name == "block_selection":
         errors = kernel_checks.check_choice(case.spec, arrays, compiled(*arrays))
     else:
-        chooses = operation.chooses and case.unions is None
-        do, expected = _expected(case, implementation if chooses else None, with_gradients)
+        do = kernel_checks.only_sampled(operation, cotangent(case, seed=99))
+        known = arrays if choice is None else (*arrays, choice)
+        expected = kernel_checks.expected_values(operation, reference, known, do)
         poison(*arrays, *jax.tree.leaves(do))
         o, gradients = compiled(arrays, do) if gradient else (compiled(*arrays), ())
         errors = kernel_checks.errors_of(operation, expected, o, gradients)
@@ -188,26 +176,38 @@ def check(case: Case, implementation: str, gradient: bool, compiled: Any, *, wit
     return errors
 
 
+def _result_shape(case: Case) -> Any:
+    call = functools.partial(case.operation.call, case.spec, "reference", 0)
+    return jax.eval_shape(call, *kernel_checks.shapes_of(case.inputs[0]))
+
+
 def cotangent(case: Case, seed: int) -> Any:
     """Normal values in the shape of the result."""
-    call = functools.partial(case.operation.call, case.spec, "reference", 0)
-    result = jax.eval_shape(call, *shapes_of(case.inputs[0]))
-    return jax.tree.map(lambda x: jax.random.normal(jax.random.key(seed), x.shape, x.dtype), result)
+    draw = lambda x: jax.random.normal(jax.random.key(seed), x.shape, x.dtype)  # noqa: E731
+    return jax.tree.map(draw, _result_shape(case))
 
 
 def measure(case: Case, implementation: str, gradient: bool, options: argparse.Namespace) -> dict[str, Any]:
     """Checks and times one pass."""
-    compiled = compiled_pass(case.name, case.spec, implementation, gradient, shapes_of(case.inputs[0]))
-    with_gradients = "fwdbwd" in options.passes and case.operation.differentiable > 0
-    errors = check(case, implementation, gradient, compiled, with_gradients=with_gradients)
-    inputs: list[Any] = case.inputs
-    if gradient:
-        inputs = [(arrays, cotangent(case, seed)) for seed, arrays in enumerate(inputs)]
-    times = median_ms(compiled, inputs, options.samples)
-    unions = case.unions
-    if unions is None and case.operation.chooses:
-        unions = _unions(case.spec, own_choice(case, implementation))
-    least = floor(case.name, gradient, case.spec, unions)
+    operation, spec, shapes = case.operation, case.spec, kernel_checks.shapes_of(case.inputs[0])
+    compiled = compiled_pass(case.name, spec, implementation, gradient, shapes)
+    chooses = operation.chooses and case.unions is None
+    choose = _choice(spec, implementation, shapes[:3]) if chooses else None
+    reference = None
+    if case.name != "block_selection":
+        places = jax.ShapeDtypeStruct((*shapes[0].shape[:3], spec.block_count), jnp.int32)
+        count = operation.differentiable if "fwdbwd" in options.passes else 0
+        known = (*shapes, places) if chooses else shapes
+        reference = kernel_checks.compiled_reference(operation, spec, count, known, _result_shape(case))
+    with _turn(options.share):
+        choice = choose(*case.inputs[0][:3]) if choose else None
+        errors = check(case, compiled, gradient, reference, choice)
+        inputs: list[Any] = case.inputs
+        if gradient:
+            inputs = [(arrays, cotangent(case, seed)) for seed, arrays in enumerate(inputs)]
+        times = median_ms(compiled, inputs, options.samples)
+        unions = case.unions if choice is None else _unions(spec, choice)
+    least = floor(case.name, gradient, spec, unions)
     return {
         "errors": errors,
         "memory": memory(compiled),
@@ -218,6 +218,17 @@ def measure(case: Case, implementation: str, gradient: bool, options: argparse.N
     }
 
 
+@contextlib.contextmanager
+def _turn(path: Path | None) -> Iterator[None]:
+    """Holds the lock of a file while the device works; without one, does nothing."""
+    if path is None:
+        yield
+        return
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def run(options: argparse.Namespace, save: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
     """Measures everything asked for; `save` gets the records after each."""
     began = time.monotonic()
@@ -226,7 +237,7 @@ def run(options: argparse.Namespace, save: Callable[[list[dict[str, Any]]], None
         for name in options.ops:
             known = OPERATIONS[name].implementations
             asked = [implementation for implementation in options.implementations if implementation in known]
-            for case in cases(name, length, options) if asked else ():
+            for case in _drawn_in_turn(cases(name, length, options), options.share) if asked else ():
                 for implementation in asked:
                     for gradient in (p == "fwdbwd" for p in options.passes):
                         if gradient and not case.operation.differentiable:
@@ -246,10 +257,17 @@ def run(options: argparse.Namespace, save: Callable[[list[dict[str, Any]]], None
                             record |= _attempt(functools.partial(measure, case, implementation, gradient, options))
                         print(line(record), flush=True)
                         save(records)
-                # They hold a case's arrays.
-                _expected.cache_clear()
-                own_choice.cache_clear()
     return records
+
+
+def _drawn_in_turn(cases: Iterator[Case], share: Path | None) -> Iterator[Case]:
+    while True:
+        with _turn(share):
+            case = next(cases, None)
+            jax.block_until_ready(case and case.inputs)
+        if case is None:
+            return
+        yield case
 
 
 def _attempt(step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -288,8 +306,7 @@ def speedups(records: Sequence[dict[str, Any]]) -> list[str]:
             for other in timed
             if other["operation"] == "dense_attention" and all(other[n] == record[n] for n in ("length", "pass"))
         ]
-        # A trained model's heads are fewer than the dense attention's.
-        if record["operation"] == "nsa_attention" and dense and not record["choice"].startswith("trained"):
+        if record["operation"] == "nsa_attention" and dense:
             what = " ".join(str(record[name]) for name in ("implementation", "choice", "pass"))
             ms = record["median_ms"]
             lines.append(f"{record['length']:7} {what}: {min(dense) / ms:.2f} times as fast as dense")
@@ -325,6 +342,10 @@ def _numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     return parse
 
 
+def _places(value: str) -> tuple[tuple[int, float], ...]:
+    return tuple((int(at), float(rho)) for at, rho in (part.split(":") for part in value.split(",")))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.bench_kernels",
@@ -337,10 +358,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", type=_numbers(int), metavar="T,...", help="tokens; default by device")
     parser.add_argument("--passes", type=_names(PASSES), default=PASSES, metavar="NAME,...", help=", ".join(PASSES))
     parser.add_argument("--rho", type=_numbers(float), default=(0.8,), metavar="RHO,...", help="default 0.8")
-    parser.add_argument("--tensors", type=Path, nargs="+", default=[], metavar="NPZ", help="of measure_selection")
+    parser.add_argument(
+        "--also", type=_places, default=(), metavar="T:RHO,...", help="further similarities at single lengths"
+    )
+    parser.add_argument("--tensors", type=Path, metavar="NPZ", help="of experiments.measure_selection")
     parser.add_argument("--inputs", type=int, default=2, metavar="N", help="sets of arrays per case; default 2")
     parser.add_argument("--samples", type=int, default=5, metavar="N", help="samples per median; default 5")
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="S", help="seconds; the rest is skipped")
+    parser.add_argument(
+        "--share",
+        type=Path,
+        metavar="FILE",
+        help="several of these commands with the same FILE compile side by side and take turns on one device",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every record and figures beside it")
     return parser
 

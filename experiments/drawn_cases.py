@@ -65,45 +65,30 @@ def union_size(block_indices: Int32[Array, "B T N n"], neighbours: int, blocks: 
     return float(total(block_indices))
 
 
-def trained_cases(path: Path, queries: int | None = None) -> dict[str, tuple[Spec, tuple[jax.Array, ...]]]:
-    """The tensors that `experiments.measure_selection` saved, layer by layer.
+def trained_tensors(path: Path, spec: Spec) -> tuple[jax.Array, ...]:
+    """What `experiments.measure_selection` saved of one clip, as queries, keys, values and gate logits of a shape.
 
     Args:
       path: its `selection.npz`.
-      queries: repeat the clip up to this length; None: as long as it is.
-
-    Returns:
-      Per layer its shape (block size 64 and window 256 where they fit the published ones, n as saved) and q, k, v and
-      gate logits, in bfloat16 but for the logits.
+      spec: the shape; the clip is repeated up to its length, and the KV heads are those of as many layers as it takes.
 
     Raises:
-      ValueError: the file holds no such tensors.
+      ValueError: the file holds no such tensors, or their heads do not fit.
     """
+    names = ("query", "key", "value", "gate_logits")
     with np.load(path, allow_pickle=False) as arrays:
-        layers = sorted({name.split("/")[0] for name in arrays.files if name.endswith("/block_indices")})
+        layers = sorted({name.split("/")[0] for name in arrays.files if name.endswith("/query")})
         if not layers:
-            raise ValueError(f"{path}: no array named LAYER/block_indices, expected a file of measure_selection")
-        cases = {}
-        for layer in layers:
-            q, k, v, logits, index = (
-                arrays[f"{layer}/{name}"][None] for name in ("query", "key", "value", "gate_logits", "block_indices")
-            )
-            length = queries or q.shape[1]
-            q, k, v, logits = (_repeated(x, length) for x in (q, k, v, logits))
-            spec = Spec(
-                f"trained {layer}" + (", repeated" if length > index.shape[1] else ""),
-                queries=length,
-                keys=length,
-                kv_heads=q.shape[2],
-                group_size=q.shape[3],
-                head_dim=q.shape[4],
-                block_count=index.shape[3],
-            )
-            tensors = (*(jnp.asarray(x, spec.dtype) for x in (q, k, v)), jnp.asarray(logits, jnp.float32))
-            cases[layer] = spec, tensors
-    return cases
+            raise ValueError(f"{path}: no array named LAYER/query, expected a file of measure_selection")
+        tensors = [np.concatenate([arrays[f"{layer}/{name}"] for layer in layers], axis=1) for name in names]
+    heads = tensors[0].shape[2:]
+    if heads != (spec.group_size, spec.head_dim):
+        raise ValueError(f"{path}: {layers[0]}/query has [G, D] = {heads}, expected {spec.group_size, spec.head_dim}")
+    q, k, v, logits = (_repeated(_repeated(x, spec.keys, 0), spec.kv_heads, 1)[None] for x in tensors)
+    return *(jnp.asarray(x, spec.dtype) for x in (q, k, v)), jnp.asarray(logits, jnp.float32)
 
 
-def _repeated(x: np.ndarray, length: int) -> np.ndarray:
-    times = -(-length // x.shape[1])
-    return np.tile(x, (1, times, *(1,) * (x.ndim - 2)))[:, :length]
+def _repeated(x: np.ndarray, length: int, axis: int) -> np.ndarray:
+    times = [1] * x.ndim
+    times[axis] = -(-length // x.shape[axis])
+    return np.take(np.tile(x, times), range(length), axis)

@@ -56,12 +56,24 @@ class Expected:
     others: dict[int, jax.Array]
 
 
+def shapes_of(tree: Any) -> Any:
+    """Shapes and dtypes of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
 @functools.lru_cache(maxsize=4)
-def _reference(operation: Operation, spec: Spec, differentiable: int) -> Callable[..., Any]:
-    """(start, arrays, do) -> rows of the result, and gradients of the first arrays given that cotangent's rows."""
+def compiled_reference(operation: Operation, spec: Spec, differentiable: int, shapes: tuple[Any, ...], do: Any) -> Any:
+    """Compiles (first sampled query, arrays, do) -> the result's rows, and the first arrays' gradients of those rows.
+
+    Args:
+      operation: what the reference computes.
+      spec: its shape.
+      differentiable: how many arrays are to have a gradient.
+      shapes: of the arrays.
+      do: shape of the cotangent, or shapes; not read without gradients.
+    """
     of_o = operation.query_axes[0]
 
-    @jax.jit
     def run(start: jax.Array, arrays: Arrays, do: Any) -> Any:
         queries = 1 if of_o is None else arrays[0].shape[of_o]
         rows = functools.partial(_rows, start=start, count=min(ROWS, queries))
@@ -76,20 +88,19 @@ def _reference(operation: Operation, spec: Spec, differentiable: int) -> Callabl
                 return value, ()
             return value, pull(jax.tree.map(lambda x: rows(x, of_o).astype(jnp.float32), do))
 
-    return run
+    return jax.jit(run).lower(jax.ShapeDtypeStruct((), jnp.int32), shapes, do).compile()
 
 
-def expected_values(operation: Operation, spec: Spec, arrays: Arrays, do: Any) -> Expected:
+def expected_values(operation: Operation, reference: Callable[..., Any], arrays: Arrays, do: Any) -> Expected:
     """Results and gradients of sampled queries, in float32.
 
     Args:
       operation: what is to be computed.
-      spec: its shape.
+      reference: from `compiled_reference`.
       arrays: its arrays; where blocks are chosen, with the choice.
-      do: the cotangent, from `only_sampled`; None: no gradients.
+      do: the cotangent, from `only_sampled`.
     """
     of_o = operation.query_axes[0]
-    reference = _reference(operation, spec, 0 if do is None else operation.differentiable)
     samples, others = [], {}
     for start in sampled_starts(1 if of_o is None else arrays[0].shape[of_o]):
         value, gradients = reference(jnp.int32(start), arrays, do)

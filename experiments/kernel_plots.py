@@ -1,6 +1,7 @@
 """Figures of what `experiments.bench_kernels` wrote.
 
     python -m experiments.kernel_plots OUT.json
+    python -m experiments.kernel_plots A.json B.json --merge=OUT.json
 
 Writes OUT_times.png (time against length, one line per implementation, floors dashed), OUT_parts.png (what the whole is
 made of) and OUT_speedup.png (the whole against dense attention, with the length at which it overtakes) beside it.
@@ -157,10 +158,7 @@ def draw_speedup(records: Records, path: Path) -> None:
     whole = [
         record
         for record in records
-        if record["operation"] == "nsa_attention"
-        and (record["pass"], record["length"]) in dense
-        # A trained model's heads are fewer: its dense attention was not timed.
-        and not record["choice"].startswith("trained")
+        if record["operation"] == "nsa_attention" and (record["pass"], record["length"]) in dense
     ]
     figure, axes = _axes()
     labels = sorted({_label(record) for record in whole})
@@ -213,14 +211,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("json", type=Path, metavar="JSON", help="written by experiments.bench_kernels")
-    path = parser.parse_args(arguments).json
-    try:
-        records = json.loads(path.read_text())["records"]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        print(f"error: {path}: no result of experiments.bench_kernels ({error!r})", file=sys.stderr)
-        return 2
-    for figure in draw(records, path):
+    parser.add_argument("json", type=Path, nargs="+", metavar="JSON", help="written by experiments.bench_kernels")
+    parser.add_argument("--merge", type=Path, metavar="FILE", help="write all records there; figures beside it")
+    options = parser.parse_args(arguments)
+    results = []
+    for path in options.json:
+        try:
+            results.append(json.loads(path.read_text()))
+            results[-1]["records"]
+        except (OSError, json.JSONDecodeError, KeyError) as error:
+            print(f"error: {path}: no result of experiments.bench_kernels ({error!r})", file=sys.stderr)
+            return 2
+    records = [record for result in results for record in result["records"]]
+    if options.merge:
+        commands = [result["command"] for result in results]
+        options.merge.write_text(json.dumps(results[0] | {"command": commands, "records": records}, indent=1) + "\n")
+    for figure in draw(records, options.merge or options.json[0]):
         print(figure)
     return 0
 

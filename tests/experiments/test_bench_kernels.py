@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import bench_kernels, kernel_checks, kernel_plots
-from experiments.drawn_cases import draw_choice, trained_cases, union_size
+from experiments.drawn_cases import draw_choice, trained_tensors, union_size
 from experiments.kernel_floors import Unions, floor
 from experiments.kernel_operations import OPERATIONS
 from pallas_kernels.specs import Spec
@@ -53,18 +53,22 @@ def test_similar_queries_take_similar_blocks():
 
 def test_trained_tensors_are_read_and_repeated(tmp_path):
     draw = np.random.default_rng(0)
-    shapes = {"query": (5, 1, 2, 4), "key": (5, 1, 4), "value": (5, 1, 4), "gate_logits": (5, 1, 2, 3)}
-    arrays = {f"layer1/{name}": draw.standard_normal(shape, np.float32) for name, shape in shapes.items()}
-    arrays["layer1/block_indices"] = np.zeros((5, 1, 3), np.int32)
+    shapes = {"query": (5, 1, 2, 16), "key": (5, 1, 16), "value": (5, 1, 16), "gate_logits": (5, 1, 2, 3)}
+    arrays = {f"layer{i}/{name}": draw.standard_normal(x, np.float32) for i in (1, 0) for name, x in shapes.items()}
     np.savez(tmp_path / "s.npz", **arrays)
-    ((spec, (q, k, _, logits)),) = trained_cases(tmp_path / "s.npz", 12).values()
-    assert (spec.name, spec.queries, spec.group_size, spec.block_count) == ("trained layer1, repeated", 12, 2, 3)
-    np.testing.assert_array_equal(k[:, 5:10], k[:, :5])
-    np.testing.assert_array_equal(logits[0, 10:], arrays["layer1/gate_logits"][:2])
-    assert q.dtype == jnp.bfloat16
+    spec = dataclasses.replace(SMALL, queries=12, keys=12, kv_heads=3)
+    tensors = trained_tensors(tmp_path / "s.npz", spec)
+    for x, shape in zip(tensors, spec.shapes, strict=True):
+        assert (x.shape, x.dtype) == (shape.shape, shape.dtype)
+    logits = np.asarray(tensors[3])[0]
+    for head, layer in enumerate((0, 1, 0)):
+        np.testing.assert_array_equal(logits[:5, head], arrays[f"layer{layer}/gate_logits"][:, 0])
+        np.testing.assert_array_equal(logits[10:, head], arrays[f"layer{layer}/gate_logits"][:2, 0])
+    with pytest.raises(ValueError, match=r"\[G, D\] = \(2, 16\), expected \(2, 8\)"):
+        trained_tensors(tmp_path / "s.npz", dataclasses.replace(spec, head_dim=8))
     np.savez(tmp_path / "none.npz", x=np.zeros(1))
-    with pytest.raises(ValueError, match="no array named LAYER/block_indices"):
-        trained_cases(tmp_path / "none.npz")
+    with pytest.raises(ValueError, match="no array named LAYER/query"):
+        trained_tensors(tmp_path / "none.npz", spec)
 
 
 @pytest.mark.parametrize(
@@ -119,9 +123,10 @@ def test_wrong_values_are_not_timed(monkeypatch, wrong):
     spec = dataclasses.replace(SMALL, window_size=20)
     case = bench_kernels.Case("window_attention", "", spec, [spec.draw(0)[:3]])
     bench_kernels.compiled_pass.cache_clear()
-    shapes = bench_kernels.shapes_of(case.inputs[0])
+    shapes = kernel_checks.shapes_of(case.inputs[0])
     compiled = bench_kernels.compiled_pass("window_attention", spec, "xla", True, shapes)
-    check = functools.partial(bench_kernels.check, case, "xla", True, compiled, with_gradients=True)
+    reference = kernel_checks.compiled_reference(operation, spec, 3, shapes, shapes[0])
+    check = functools.partial(bench_kernels.check, case, compiled, True, reference)
     if wrong is None:
         assert set(check()) == {"o", "d0", "d1", "d2"}
     else:
@@ -150,7 +155,7 @@ def test_the_crossover_lies_between_two_lengths():
 def test_the_command_checks_times_and_draws(tmp_path, capsys):
     out = tmp_path / "out.json"
     arguments = ["--ops=window_attention,block_selection,dense_attention", "--lengths=64", "--inputs=1", "--samples=1"]
-    arguments += ["--implementations=xla,cudnn_dense,mosaic_gpu", f"--json={out}"]
+    arguments += ["--implementations=xla,cudnn_dense,mosaic_gpu", f"--json={out}", f"--share={tmp_path / 'turns'}"]
     status = bench_kernels.main(arguments)
     result = json.loads(out.read_text())
     timed = [record for record in result["records"] if "median_ms" in record]

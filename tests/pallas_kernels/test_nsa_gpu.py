@@ -220,8 +220,12 @@ def test_the_kernels_together(lengths, monkeypatch):
     case = Case(B=1, T=140, S=140, N=1, G=2, D=64, s=64, n=2, w=50, lengths=lengths)
     (*tensors, gate_logits), do = inputs(case)
     arrays, do = (*(jnp.asarray(x, jnp.bfloat16) for x in tensors), gate_logits), jnp.asarray(do, jnp.bfloat16)
-    actual = run(case, arrays, do, operations=nsa_gpu.HOPPER, interpret=plgpu.InterpretGPUParams())
-    for name, x, y in zip(NAMES, actual, expected(case, arrays, do), strict=True):
+    # A near-tie must not decide a comparison of values: the kernels' choice is made, and replaced.
+    current = jnp.arange(140) // 64
+    chosen = jnp.stack([jnp.where(current > 0, 0, -1), current], axis=-1).astype(jnp.int32)[None, :, None]
+    options = {"operations": nsa_gpu.HOPPER, "interpret": plgpu.InterpretGPUParams()}
+    actual = run(case, arrays, do, **options, block_indices=chosen, choose_anyway=True)
+    for name, x, y in zip(NAMES, actual, expected(case, arrays, do, chosen), strict=True):
         x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
         assert np.isfinite(x).all(), name
         assert np.linalg.norm(x - y) <= 2e-2 * np.linalg.norm(y), name
