@@ -24,7 +24,7 @@ class TileConfig:
     Attributes:
       stages: blocks of K and V in flight.
       consumers: warpgroups that compute, 8 tokens each; one more fetches.
-      q_registers: columns of the queries that the matrix units read from registers, not shared memory (forward alone).
+      q_registers: columns of the queries (and of dO) that the matrix units read from registers, not shared memory.
     """
 
     stages: int
@@ -48,10 +48,12 @@ class BlockConfig:
     Attributes:
       stages: groups of 8 tokens in flight; even, for the two warpgroups take turns.
       part: the most tokens that one thread block walks over; longer lists are split and summed in float32.
+      k_registers: columns of the keys that the matrix units read from registers, not shared memory.
     """
 
     stages: int
     part: int
+    k_registers: int = 0
 
     def __post_init__(self):
         if self.stages < 2 or self.stages % PAIR or self.part < 1 or self.part % TOKENS:

@@ -1,6 +1,5 @@
 """The Hopper kernels of selected attention: interpreted on the CPU against the reference, and lowered without a GPU."""
 
-import dataclasses
 import functools
 
 import jax
@@ -18,11 +17,9 @@ from pallas_kernels.specs import SPECS
 BLOCK = 64
 
 
-def small_config(consumers=2, part=8, q_registers=0):
-    tiles = gpu_config.TileConfig(stages=2, consumers=consumers)
-    return gpu_config.Config(
-        forward=dataclasses.replace(tiles, q_registers=q_registers), dq=tiles, dkdv=gpu_config.BlockConfig(2, part)
-    )
+def small_config(consumers=2, part=8, registers=0):
+    tiles = gpu_config.TileConfig(2, consumers, registers)
+    return gpu_config.Config(forward=tiles, dq=tiles, dkdv=gpu_config.BlockConfig(2, part, registers))
 
 
 def draw(shape, seed, dtype, end=None):
@@ -113,7 +110,7 @@ def test_no_races():
         keys=90,
         places=2,
         q_offset=70,
-        config=small_config(q_registers=64),
+        config=small_config(registers=64),
         races=True,
     )
 
@@ -170,7 +167,9 @@ def test_other_configurations_lower_for_hopper(tiles):
     spec = next(spec for spec in SPECS if spec.name.startswith("7B, 128K"))
     stages, consumers, q_registers = tiles
     tile = gpu_config.TileConfig(stages, consumers, q_registers)
-    config = gpu_config.Config(tile, dataclasses.replace(tile, stages=3), gpu_config.BlockConfig(4, 4096))
+    held = min(q_registers, 64)
+    dq = gpu_config.TileConfig(3, consumers, held)
+    config = gpu_config.Config(tile, dq, gpu_config.BlockConfig(4, 4096, held))
     assert lowered(spec, config).count("mosaic_gpu") >= 3
 
 
