@@ -43,9 +43,8 @@ DQ = (
     {"stages": 4, "consumers": 2, "q_registers": 64},
 )
 DKDV = (
-    {"stages": 4, "pieces": 16, "k_registers": 0},
-    {"stages": 4, "pieces": 16, "k_registers": 64},
-    {"stages": 4, "pieces": 32, "k_registers": 0},
+    {"stages": 4, "pieces": 16},
+    {"stages": 4, "pieces": 32},
 )
 AGREE = 1e-2
 """Relative norm up to which two configurations agree: bfloat16 rounds probabilities at other running maxima."""
@@ -73,7 +72,7 @@ def kernels(queries: int) -> Iterator[tuple[str, dict[str, int], Callable[..., A
         yield "selected_dq", fields, fn, (q, k, v, do, *terms, listed(config.tokens))
     for fields in DKDV:
         part = max(1024, queries // fields["pieces"])
-        config = gpu_config.BlockConfig(fields["stages"], part, fields["k_registers"])
+        config = gpu_config.BlockConfig(fields["stages"], part)
         lists = jax.jit(lambda x, part=part: block_lists(x, zero, queries, BLOCK, part))(chosen)
         fn = jax.jit(functools.partial(mosaic_gpu_backward.key_gradients, config, None))
         yield "selected_dkdv", fields, fn, (q, k, v, do, *terms, lists)

@@ -48,12 +48,10 @@ class BlockConfig:
     Attributes:
       stages: groups of 8 tokens in flight; even, for the two warpgroups take turns.
       part: the most tokens that one thread block walks over; longer lists are split and summed in float32.
-      k_registers: columns of the keys that the matrix units read from registers, not shared memory.
     """
 
     stages: int
     part: int
-    k_registers: int = 0
 
     def __post_init__(self):
         if self.stages < 2 or self.stages % PAIR or self.part < 1 or self.part % TOKENS:
@@ -101,6 +99,6 @@ def heuristic(queries: int, rows: int, head_dim: int) -> Config:
     part = max(1024, -(-queries // (pieces * TOKENS)) * TOKENS)
     return Config(
         forward=TileConfig(**fields("forward", stages=4 if wide else 8, consumers=3, q_registers=64 if wide else 0)),
-        dq=TileConfig(**fields("dq", stages=4 if wide else 8)),
+        dq=TileConfig(**fields("dq", stages=4 if wide else 8, q_registers=64 if wide else 0)),
         dkdv=BlockConfig(part=part, **dkdv),
     )

@@ -208,7 +208,6 @@ def key_gradients(
         def _():
             plgpu.set_max_registers(232, action="increase")
             plgpu.barrier_wait(block_ready)
-            k_left = gpu.hold(k_smem, config.k_registers)
 
             def turn(j, carry, causal):
                 dk, dv = carry
@@ -220,7 +219,7 @@ def key_gradients(
                 row_shift = jnp.where(there, plgpu.load(terms_smem.at[stage, 0], layout=COLUMN_LAYOUT), HIDDEN)
                 row_delta = plgpu.load(terms_smem.at[stage, 1], layout=COLUMN_LAYOUT)
 
-                s = gpu.sum_of_products(gpu.times_transpose(k_left, q_tile), TOKENS * ROWS, interpret)
+                s = gpu.product(k_smem, q_tile.transpose((1, 0)), TOKENS * ROWS)
                 if causal:
                     group = tuple(token_at(i * TOKENS + t) for t in range(TOKENS))
                     s = jnp.where(_sees(group, origin), s, -HIDDEN)

@@ -19,7 +19,7 @@ BLOCK = 64
 
 def small_config(consumers=2, part=8, registers=0):
     tiles = gpu_config.TileConfig(2, consumers, registers)
-    return gpu_config.Config(forward=tiles, dq=tiles, dkdv=gpu_config.BlockConfig(2, part, registers))
+    return gpu_config.Config(forward=tiles, dq=tiles, dkdv=gpu_config.BlockConfig(2, part))
 
 
 def draw(shape, seed, dtype, end=None):
@@ -169,7 +169,7 @@ def test_other_configurations_lower_for_hopper(tiles):
     tile = gpu_config.TileConfig(stages, consumers, q_registers)
     held = min(q_registers, 64)
     dq = gpu_config.TileConfig(3, consumers, held)
-    config = gpu_config.Config(tile, dq, gpu_config.BlockConfig(4, 4096, held))
+    config = gpu_config.Config(tile, dq, gpu_config.BlockConfig(4, 4096))
     assert lowered(spec, config).count("mosaic_gpu") >= 3
 
 
