@@ -1,7 +1,6 @@
 """Times the Hopper kernels of selected attention beside cuDNN's dense causal attention, after checking them.
 
     python -m benchmarks.selected_gpu --json=OUT.json
-    python -m benchmarks.selected_gpu --lengths=65536 --rho=0.8 --tune --json=OUT.json
 
 Shapes are VideoNSA-7B's (28 query heads over 4 KV heads of 128, 32 blocks of 64, bfloat16, batch 1). Choices are drawn
 with a stated similarity of neighbours: score[t, j] = sqrt(rho) a[t // 64, j] + sqrt(1 - rho) b[t, j], a and b normal; a
@@ -15,7 +14,6 @@ import dataclasses
 import functools
 import json
 import os
-import statistics
 import sys
 import threading
 import time
@@ -27,39 +25,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import drawn_cases
+from experiments.timing import median_ms, poison, relative_error
 from pallas_kernels.selected_attention import gpu_config, mosaic_gpu, mosaic_gpu_backward, reference
 from pallas_kernels.selected_attention.gpu_lists import block_lists, tile_lists, visible_choice
+from pallas_kernels.specs import Spec
 
 HEADS, GROUP, SIZE, BLOCK, PLACES = 4, 7, 128, 64, 32
 LENGTHS = (8192, 65536, 131072, 32768, 16384 + 37)
 RHOS = (0.8, 0.0, 0.98)
 
-Times = dict[str, Any]
-
 
 def draw_choice(queries: int, rho: float, seed: int, places: int = PLACES, sink: bool = False) -> jax.Array:
     """Blocks [1, T, N, n] as the module says; with `sink`, every query also takes block 0."""
-    blocks = -(-queries // BLOCK)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def chunk(tokens: int, start: jax.Array, key: jax.Array) -> jax.Array:
-        t = start + jnp.arange(tokens)
-        shared = jax.vmap(lambda tile: jax.random.normal(jax.random.fold_in(key, tile), (HEADS, blocks)))(t // BLOCK)
-        own = jax.random.normal(jax.random.fold_in(key, 2**20 + start), (tokens, HEADS, blocks))
-        score = jnp.sqrt(rho) * shared + jnp.sqrt(1 - rho) * own
-        block = jnp.arange(blocks)
-        current = (t // BLOCK)[:, None, None]
-        score = jnp.where(block < current, score, jnp.where(block == current, jnp.inf, -jnp.inf))
-        score = jnp.where(sink & (block == 0), jnp.inf, score)
-        best, index = jax.lax.top_k(score, min(places, blocks))
-        index = jnp.where(best == -jnp.inf, blocks, index)
-        index = jnp.sort(index, axis=-1)
-        return jnp.where(index == blocks, -1, index).astype(jnp.int32)
-
-    tokens = min(4096, queries)
-    starts = range(0, -(-queries // tokens) * tokens, tokens)
-    drawn = jnp.concatenate([chunk(tokens, jnp.int32(start), jax.random.key(seed)) for start in starts])
-    return drawn[:queries][None]
+    spec = Spec("drawn", queries, queries, kv_heads=HEADS, block_size=BLOCK, block_count=places)
+    return drawn_cases.draw_choice(spec, rho, seed, sink=sink)
 
 
 def draw_tensors(queries: int, seed: int) -> tuple[jax.Array, ...]:
@@ -68,35 +48,6 @@ def draw_tensors(queries: int, seed: int) -> tuple[jax.Array, ...]:
     rows, columns = (1, queries, HEADS, GROUP, SIZE), (1, queries, HEADS, SIZE)
     shapes = (rows, columns, columns, rows)
     return tuple(jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
-
-
-def median_ms(fn: Callable[..., Any], inputs: list[tuple[Any, ...]], samples: int = 5) -> Times:
-    """Median over samples that rotate among `inputs`; a sample is as many calls as fill 20 ms."""
-    for args in inputs[:2]:
-        jax.block_until_ready(fn(*args))
-    begin = time.perf_counter()
-    jax.block_until_ready(fn(*inputs[0]))
-    calls = max(1, min(50, int(0.02 / (time.perf_counter() - begin))))
-    seen = []
-    for sample in range(samples):
-        args = inputs[sample % len(inputs)]
-        begin = time.perf_counter()
-        for _ in range(calls):
-            out = fn(*args)
-        jax.block_until_ready(out)
-        seen.append(1e3 * (time.perf_counter() - begin) / calls)
-    return {"median_ms": statistics.median(seen), "samples_ms": seen, "calls_per_sample": calls}
-
-
-def relative_error(actual: jax.Array, expected: jax.Array) -> float:
-    """Norm of the difference over the norm of `expected`, in float32; NaN where anything is."""
-    actual, expected = actual.astype(jnp.float32), expected.astype(jnp.float32)
-    return float(jnp.linalg.norm((actual - expected).ravel()) / jnp.linalg.norm(expected.ravel()))
-
-
-def poison(*like: Any) -> None:
-    """Leaves NaN in freed memory of these sizes: an output that is not written shows."""
-    jax.block_until_ready([jnp.full(x.shape, jnp.nan, x.dtype) for x in like])
 
 
 @jax.jit
@@ -219,8 +170,8 @@ def time_pieces(
     queries = inputs[0][0].shape[1]
     zero, length = jnp.int32(0), jnp.array([queries], jnp.int32)
 
-    def tiles(index: jax.Array, cluster: int) -> Any:
-        return tile_lists(visible_choice(index, length, zero, queries, BLOCK), length, zero, queries, BLOCK, cluster)
+    def tiles(index: jax.Array, tokens: int) -> Any:
+        return tile_lists(visible_choice(index, length, zero, queries, BLOCK), length, zero, queries, BLOCK, tokens)
 
     def queries_of(index: jax.Array) -> Any:
         return block_lists(visible_choice(index, length, zero, queries, BLOCK), zero, queries, BLOCK, config.dkdv.part)
@@ -228,15 +179,15 @@ def time_pieces(
     pad = jax.jit(lambda x: mosaic_gpu.whole_blocks(x, None))
     calls = [(q, pad(k), pad(v), do) for q, k, v, do in inputs]
     tile_fn, block_fn = jax.jit(tiles, static_argnums=1), jax.jit(queries_of)
-    listed = [tile_fn(index, config.forward.cluster) for index in choices]
+    listed = [tile_fn(index, config.forward.tokens) for index in choices]
     forward = jax.jit(functools.partial(mosaic_gpu.forward, config.forward, None))
     forward_args = [(q, k, v, lists) for (q, k, v, _), lists in zip(calls, listed, strict=True)]
     entries = listed[0].tiles[..., 0]
     record["union_blocks_per_tile"] = float(entries.mean())
-    mask = listed[0].entries & 0xFFFF
+    mask = listed[0].entries.reshape(*entries.shape, -1, 2)[..., 1]
     record["blocks_per_warpgroup"] = float(((mask & 255) != 0).sum() / entries.size)
     report(record, "forward", median_ms(forward, forward_args))
-    report(record, "tile_lists", median_ms(lambda i: tile_fn(i, config.forward.cluster), [(i,) for i in choices]))
+    report(record, "tile_lists", median_ms(lambda i: tile_fn(i, config.forward.tokens), [(i,) for i in choices]))
     terms = jax.jit(mosaic_gpu_backward.row_terms)
     term_args = []
     for (q, _, _, do), args in zip(calls, forward_args, strict=True):
@@ -246,11 +197,13 @@ def time_pieces(
     report(record, "row_terms", median_ms(terms, term_args))
     rows = [terms(*args) for args in term_args]
     del term_args
-    if config.dq.cluster != config.forward.cluster:
-        listed = [tile_fn(index, config.dq.cluster) for index in choices]
+    if config.dq.tokens != config.forward.tokens:
+        listed = [tile_fn(index, config.dq.tokens) for index in choices]
     dq = jax.jit(functools.partial(mosaic_gpu_backward.query_gradient, config.dq, None))
     report(record, "dq", median_ms(dq, [(*c, *r, t) for c, r, t in zip(calls, rows, listed, strict=True)]))
     blocked = [block_fn(index) for index in choices]
+    gathered = jax.jit(lambda shift, delta, lists: mosaic_gpu_backward.terms_in_lists(shift, delta, lists, queries))
+    report(record, "terms_in_lists", median_ms(gathered, [(*r, t) for r, t in zip(rows, blocked, strict=True)]))
     dkdv = jax.jit(functools.partial(mosaic_gpu_backward.key_gradients, config.dkdv, None))
     report(record, "dkdv", median_ms(dkdv, [(*c, *r, t) for c, r, t in zip(calls, rows, blocked, strict=True)]))
     report(record, "block_lists", median_ms(block_fn, [(i,) for i in choices]))
@@ -261,36 +214,6 @@ def time_pieces(
     arguments = [(*tensors, index) for tensors, index in zip(inputs, choices, strict=True)]
     report(record, "whole_forward", median_ms(attend, arguments))
     report(record, "whole_forward_backward", median_ms(both, arguments))
-
-
-def tune(inputs: list[tuple[jax.Array, ...]], choices: list[jax.Array], record: dict[str, Any]) -> None:
-    """Times each kernel under several configurations."""
-    base = gpu_config.heuristic(inputs[0][0].shape[1], HEADS, SIZE)
-    queries = inputs[0][0].shape[1]
-    zero, length = jnp.int32(0), jnp.array([queries], jnp.int32)
-    q, k, v, do = inputs[0]
-    chosen = jax.jit(lambda i: visible_choice(i, length, zero, queries, BLOCK))(choices[0])
-    listed = {c: jax.jit(lambda x, c=c: tile_lists(x, length, zero, queries, BLOCK, c))(chosen) for c in (1, 2, 4)}
-    o, lse = jax.jit(functools.partial(mosaic_gpu.forward, base.forward, None))(q, k, v, listed[base.forward.cluster])
-    rows = mosaic_gpu_backward.row_terms(o, lse, do, jnp.zeros_like(lse))
-
-    pairs = dataclasses.replace(
-        base, forward=dataclasses.replace(base.forward, cluster=2), dq=dataclasses.replace(base.dq, cluster=2)
-    )
-    for part in (base.dkdv.part // 2, base.dkdv.part * 2):
-        config = gpu_config.BlockConfig(base.dkdv.stages, part)
-        lists = jax.jit(lambda x, part=part: block_lists(x, zero, queries, BLOCK, part))(chosen)
-        fn = jax.jit(functools.partial(mosaic_gpu_backward.key_gradients, config, None))
-        attempt(record, f"dkdv {config}", lambda: median_ms(fn, [(q, k, v, do, *rows, lists)], 3))  # noqa: B023
-    for config in [gpu_config.TileConfig(s, c) for s, c in ((4, 1), (5, 2), (4, 2), (5, 4), (4, 4))]:
-        fn = jax.jit(functools.partial(mosaic_gpu.forward, config, None))
-        attempt(record, f"forward {config}", lambda: median_ms(fn, [(q, k, v, listed[config.cluster])], 3))  # noqa: B023
-        if config == pairs.forward:
-            attempt(record, "errors of pairs", lambda: check(pairs, inputs[0], choices[0]))
-        if config.stages < 5:
-            fn = jax.jit(functools.partial(mosaic_gpu_backward.query_gradient, config, None))
-            args = (q, k, v, do, *rows, listed[config.cluster])
-            attempt(record, f"dq {config}", lambda: median_ms(fn, [args], 3))  # noqa: B023
 
 
 def small_checks(record: dict[str, Any]) -> bool:
@@ -361,7 +284,7 @@ def try_gradients(
     k, v = (mosaic_gpu.whole_blocks(x, None) for x in (k, v))
     chosen = visible_choice(index, length, zero, queries, BLOCK)
     rows = mosaic_gpu_backward.row_terms(q, jnp.zeros(q.shape[:-1]), do, jnp.zeros(q.shape[:-1]))
-    tiles = tile_lists(chosen, length, zero, queries, BLOCK, config.dq.cluster)
+    tiles = tile_lists(chosen, length, zero, queries, BLOCK, config.dq.tokens)
     blocks = block_lists(chosen, zero, queries, BLOCK, config.dkdv.part)
     forward = functools.partial(mosaic_gpu.forward, config.forward, None)
     dq = functools.partial(mosaic_gpu_backward.query_gradient, config.dq, None)
@@ -411,8 +334,6 @@ def main() -> None:
     parser.add_argument("--rho", type=float, nargs="+", default=RHOS)
     parser.add_argument("--inputs", type=int, default=2, help="inputs that the samples rotate among")
     parser.add_argument("--skip-checks", action="store_true", help="leave out the checks on a short input")
-    parser.add_argument("--only-tune", action="store_true", help="time nothing but the several configurations")
-    parser.add_argument("--tune", type=int, default=65536, help="length at which several configurations are timed")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no length is begun")
     parser.add_argument("--json", required=True)
     args = parser.parse_args()
@@ -445,12 +366,6 @@ def main() -> None:
         config = gpu_config.heuristic(queries, HEADS, SIZE)
         at["config"] = dataclasses.asdict(config)
         inputs = [draw_tensors(queries, seed) for seed in range(args.inputs)]
-        if args.only_tune:
-            choices = [draw_choice(queries, args.rho[0], seed) for seed in range(args.inputs)]
-            attempt(at, "other shape", check_other_shape)
-            attempt(at, "tuned", lambda: tune(inputs, choices, at))  # noqa: B023
-            save()
-            continue
         attempt(at, "dense_forward", lambda: median_ms(jax.jit(dense), [x[:3] for x in inputs], 3))  # noqa: B023
         fn = jax.jit(with_gradients(dense))
         attempt(at, "dense_forward_backward", lambda: median_ms(fn, inputs, 3))  # noqa: B023
@@ -466,8 +381,6 @@ def main() -> None:
             except Exception as reason:
                 traceback.print_exc(limit=4)
                 record["failed"] = f"{type(reason).__name__}: {str(reason)[:500]}"
-            if queries == args.tune and rho == args.rho[0]:
-                attempt(record, "tuned", lambda: tune(inputs, choices, record))  # noqa: B023
             save()
             del choices
         del inputs

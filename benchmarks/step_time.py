@@ -41,9 +41,9 @@ from pallas_kernels import (
 from videonsa_jax.configs import ModelConfig
 from videonsa_jax.streams import Batch, TrainBatch, Visual, split_streams
 from videonsa_jax.training.config import Experiment, MeshConfig
+from videonsa_jax.training.environment import environment
 from videonsa_jax.training.mesh import make_mesh
 from videonsa_jax.training.optimizer import learning_rate, make_optimizer
-from videonsa_jax.training.report import environment
 from videonsa_jax.training.step import accumulate, apply_gradients, init_state, make_forward, make_model
 
 type Piece = tuple[Callable[..., Any], tuple[Any, ...]]

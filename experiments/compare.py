@@ -17,8 +17,8 @@ from typing import Any
 
 from scipy.stats import t as student
 
+from videonsa_jax.training.environment import environment
 from videonsa_jax.training.errors import UsageError, usage_errors
-from videonsa_jax.training.report import environment
 
 # What must agree for two runs to have seen the same questions in the same order.
 _ORDER = (

@@ -24,9 +24,9 @@ from videonsa_jax.analysis.selection import union_sizes, visual_attention
 from videonsa_jax.data.pipeline import build_pipeline
 from videonsa_jax.data.sources import DataError
 from videonsa_jax.training.config import Experiment
+from videonsa_jax.training.environment import environment
 from videonsa_jax.training.errors import UsageError, usage_errors
 from videonsa_jax.training.pretrained import trained_model
-from videonsa_jax.training.report import environment
 
 NEIGHBOURS = (8, 16, 32, 64)
 

@@ -78,11 +78,19 @@ def tile_memory(shape: tuple[int, ...], dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
 
 
-def product(left: Ref, right: Ref, columns: int) -> jax.Array:
-    """left @ right of two tiles in shared memory: 64 rows, float32."""
+def product(left: jax.Array | Ref, right: Ref, columns: int, interpret: Any = None) -> jax.Array:
+    """left @ right on the matrix units: 64 rows, float32; `left` in registers or shared memory."""
+    return sum_of_products([(left, right)], columns, interpret)
+
+
+def sum_of_products(parts: list[tuple[jax.Array | Ref, Ref]], columns: int, interpret: Any = None) -> jax.Array:
+    """The sum of left @ right over the parts, as `product`."""
+    if interpret is not None and any(isinstance(left, jax.Array) for left, _ in parts):
+        return sum(_interpreted_product(left[...], right) for left, right in parts)
 
     def multiply(acc_ref: Ref) -> jax.Array:
-        plgpu.wgmma(acc_ref, left, right)
+        for left, right in parts:
+            plgpu.wgmma(acc_ref, left, right)
         return acc_ref[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((TILE_ROWS, columns), jnp.float32))
@@ -97,7 +105,35 @@ def add_product(acc: jax.Array, left: jax.Array | Ref, right: Ref, interpret: An
     if interpret is None:
         return pl.run_state(accumulate)(plgpu.ACC.init(acc))
 
+    return acc + _interpreted_product(left[...], right)
+
+
+def _interpreted_product(left: jax.Array, right: Ref) -> jax.Array:
     # The interpreter multiplies from shared memory alone. The fence stands between a plain read and the next copy.
-    product = jnp.dot(left[...], right[...], preferred_element_type=jnp.float32)
+    product = jnp.dot(left, right[...], preferred_element_type=jnp.float32)
     plgpu.commit_smem()
-    return acc + product
+    return product
+
+
+def first_product(acc_ref: Ref, interpret: Any) -> jax.Array:
+    """The older one of two products in flight: waits for it and not for the other."""
+    if interpret is None:
+        return plgpu.wgmma_accumulator_load(acc_ref, wait_n=1)
+    return acc_ref[...]
+
+
+def add_two_products(
+    accs: tuple[jax.Array, jax.Array],
+    lefts: tuple[jax.Array | Ref, jax.Array | Ref],
+    rights: tuple[Ref, Ref],
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Two of `add_product`, in flight together."""
+    if interpret is not None:
+        return tuple(add_product(*x, interpret) for x in zip(accs, lefts, rights, strict=True))
+
+    def accumulate(acc_refs: tuple[Ref, Ref]) -> None:
+        for acc_ref, left, right in zip(acc_refs, lefts, rights, strict=True):
+            plgpu.wgmma(acc_ref, left, right)
+
+    return pl.run_state(accumulate)(tuple(plgpu.ACC.init(acc) for acc in accs))

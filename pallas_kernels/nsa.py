@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float, Int
 
-from pallas_kernels import nsa_tpu, registry, validation
+from pallas_kernels import gpu, nsa_gpu, nsa_tpu, registry, validation
 from pallas_kernels.block_selection.api import block_selection
+from pallas_kernels.block_selection.choice import replaced_choice
 from pallas_kernels.common import ArrayLike, Scalar, query_indices, resolve_lengths, zero_where
 from pallas_kernels.compressed_attention.api import compressed_attention
 from pallas_kernels.selected_attention.api import selected_attention
@@ -55,6 +56,7 @@ def nsa_attention(
     branches: Sequence[Branch] = BRANCHES,
     implementation: registry.Implementation = None,
     block_indices: Int[ArrayLike, "B T N n"] | None = None,
+    choose_anyway: bool = False,
 ) -> Float[jax.Array, "B T N G D"]:
     """Computes g_cmp o_cmp + g_slc o_slc + g_win o_win with g = sigmoid(gate_logits / gate_temperature).
 
@@ -79,6 +81,7 @@ def nsa_attention(
       branches: the branches whose output counts. Without "compressed", its probabilities still choose the blocks.
       implementation: a name for all operations, a dict from operation to name, or None for the device's best.
       block_indices: private to tests and benchmarks: the selected blocks, instead of `block_selection`'s choice.
+      choose_anyway: private to benchmarks: `block_selection` runs beside `block_indices`, which have its n places.
 
     Returns:
       The gated sum, in q's dtype.
@@ -104,19 +107,41 @@ def nsa_attention(
     registry.check(implementation)
 
     q, k, v, gate_logits = (jnp.asarray(x) for x in (q, k, v, gate_logits))
+    ragged = lengths is not None or not isinstance(q_offset, int) or q_offset + q.shape[1] > k.shape[1]
     lengths = resolve_lengths(lengths, q.shape[0], k.shape[1])
     past = query_indices(q.shape[1], q_offset) >= lengths[:, None]
-    gates = jax.nn.sigmoid(zero_where(past, gate_logits).astype(jnp.float32) / gate_temperature)
+    scaled_logits = zero_where(past, gate_logits).astype(jnp.float32) / gate_temperature
     shared = {"q_offset": q_offset, "lengths": lengths, "implementation": implementation}
     choice = {"block_count": block_count, "init_blocks": init_blocks, "local_blocks": local_blocks}
-    choose = "selected" in branches and block_indices is None
+    choose = "selected" in branches and (block_indices is None or choose_anyway)
+
+    first_choices = {registry.first_choice(operation, implementation) for operation in _OPERATIONS}
+    if first_choices == {"mosaic_gpu"} and nsa_gpu.covers(q, k, block_size, branches):
+        # What it does not cover is left to the operations, which say so or fall back.
+        with contextlib.suppress(NotImplementedError):
+            return gpu.on_hopper(nsa_gpu.attention)(
+                q,
+                k,
+                v,
+                scaled_logits,
+                block_size=block_size,
+                window_size=window_size,
+                q_offset=q_offset,
+                length=lengths,
+                ragged=ragged,
+                branches=branches,
+                block_indices=None if block_indices is None else jnp.asarray(block_indices),
+                choose_anyway=choose_anyway,
+                choice=choice,
+            )
+
+    gates = jax.nn.sigmoid(scaled_logits)
     k_blocks = v_blocks = None
     if choose or "compressed" in branches:
         k_blocks, v_blocks = block_means(k, block_size), block_means(v, block_size)
 
-    on_tpu = all(registry.first_choice(operation, implementation) == "mosaic_tpu" for operation in _OPERATIONS)
-    if on_tpu and nsa_tpu.covers(q, k, block_size, branches):
-        # What it does not cover is left to the operations, which say so or fall back.
+    if first_choices == {"mosaic_tpu"} and nsa_tpu.covers(q, k, block_size, branches) and not choose_anyway:
+        # As above.
         with contextlib.suppress(NotImplementedError):
             return nsa_tpu.attention(
                 q,
@@ -138,7 +163,8 @@ def nsa_attention(
     if k_blocks is not None:
         outputs["compressed"], lse = compressed_attention(q, k_blocks, v_blocks, block_size=block_size, **shared)
     if choose:
-        block_indices = block_selection(q, k_blocks, lse, block_size=block_size, **choice, **shared)
+        own = block_selection(q, k_blocks, lse, block_size=block_size, **choice, **shared)
+        block_indices = own if block_indices is None else replaced_choice(own, jnp.asarray(block_indices))
     if "selected" in branches:
         outputs["selected"], _ = selected_attention(q, k, v, block_indices, block_size=block_size, **shared)
     if "window" in branches:

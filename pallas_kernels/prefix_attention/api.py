@@ -3,14 +3,15 @@
 import jax
 from jaxtyping import Float, Float32, Int
 
-from pallas_kernels import registry, validation
+from pallas_kernels import gpu, registry, validation
 from pallas_kernels.common import ArrayLike
-from pallas_kernels.prefix_attention import mosaic_tpu, reference, xla
+from pallas_kernels.prefix_attention import mosaic_gpu, mosaic_tpu, reference, xla
 
 registry.register(
     "prefix_attention",
     reference=reference.prefix_attention,
     xla=xla.prefix_attention,
+    mosaic_gpu=gpu.on_hopper(mosaic_gpu.prefix_attention),
     mosaic_tpu=mosaic_tpu.prefix_attention,
 )
 

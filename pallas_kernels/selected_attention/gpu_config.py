@@ -2,17 +2,19 @@
 
 import dataclasses
 
+from pallas_kernels.gpu_table import measured
+
 ROWS = 8
 """Rows of a token in a tile: its query heads, then zero rows."""
 
 TOKENS = 8
 """Tokens of one warpgroup; with 8 rows each they are one 64-row matrix product."""
 
-CONSUMERS = 2
-"""Warpgroups that compute; a third one fetches."""
+PAIR = 2
+"""Warpgroups that compute dk and dv."""
 
-WIDEST_CLUSTER = 4
-"""Thread blocks that may fetch together."""
+REGISTERS = {2: (232, 40), 3: (160, 32)}
+"""Registers per thread of the warpgroups that compute and of the one that fetches, by how many compute."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,15 +23,22 @@ class TileConfig:
 
     Attributes:
       stages: blocks of K and V in flight.
-      cluster: thread blocks of 16 tokens that fetch each block once, together; 1, 2 or 4.
+      consumers: warpgroups that compute, 8 tokens each; one more fetches.
+      q_registers: columns of the queries that the matrix units read from registers, not shared memory (forward alone).
     """
 
     stages: int
-    cluster: int = 1
+    consumers: int = 2
+    q_registers: int = 0
 
     def __post_init__(self):
-        if self.stages < 2 or self.cluster not in (1, 2, WIDEST_CLUSTER):
-            raise ValueError(f"{self} is no tile configuration, expected stages of at least 2 and cluster 1, 2 or 4")
+        if self.stages < 2 or self.consumers not in REGISTERS:
+            raise ValueError(f"{self} is no tile configuration, expected stages of at least 2 and 2 or 3 consumers")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a tile."""
+        return self.consumers * TOKENS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +54,7 @@ class BlockConfig:
     part: int
 
     def __post_init__(self):
-        if self.stages < 2 or self.stages % CONSUMERS or self.part < 1 or self.part % TOKENS:
+        if self.stages < 2 or self.stages % PAIR or self.part < 1 or self.part % TOKENS:
             raise ValueError(f"{self} is no block configuration, expected even stages and part a multiple of 8")
 
 
@@ -61,14 +70,14 @@ class Config:
         """Bytes of shared memory per kernel, less the lists and barriers (under 4 KiB)."""
         tile = TOKENS * ROWS * head_dim * 2
         return {
-            "forward": (CONSUMERS + 2 * self.forward.stages) * tile,
-            "dq": (2 * CONSUMERS + 2 * self.dq.stages) * tile,
+            "forward": (self.forward.consumers + 2 * self.forward.stages) * tile,
+            "dq": (2 * self.dq.consumers + 2 * self.dq.stages) * tile,
             "dkdv": (2 + 2 * self.dkdv.stages + 2) * tile,
         }
 
 
 def heuristic(queries: int, rows: int, head_dim: int) -> Config:
-    """A configuration for T queries of B x N rows: the most stages that shared memory holds.
+    """A configuration for T queries of B x N rows: the measured one, or the most stages that shared memory holds.
 
     Args:
       queries: T.
@@ -79,11 +88,17 @@ def heuristic(queries: int, rows: int, head_dim: int) -> Config:
       The configuration; lists are split where few rows would leave one thread block with a sink's whole list.
     """
     wide = head_dim > 64
-    # With 4 rows and n = 32 each of 132 multiprocessors walks over T tokens in all: as many as one sink has.
-    pieces = max(1, min(16, 32 // max(rows, 1)))
+
+    def fields(kernel: str, **default: int) -> dict[str, int]:
+        return default | measured(f"selected_{kernel}", head_dim, queries)
+
+    dkdv = fields("dkdv", stages=4 if wide else 6, pieces=16)
+    # The pieces are those of 4 rows: with n = 32 each of 132 multiprocessors walks over T tokens in all, as many as a
+    # sink has.
+    pieces = max(1, min(32, 4 * dkdv.pop("pieces") // max(rows, 1)))
     part = max(1024, -(-queries // (pieces * TOKENS)) * TOKENS)
     return Config(
-        forward=TileConfig(stages=5 if wide else 8),
-        dq=TileConfig(stages=4 if wide else 8),
-        dkdv=BlockConfig(stages=4 if wide else 6, part=part),
+        forward=TileConfig(**fields("forward", stages=4 if wide else 8, consumers=3, q_registers=64 if wide else 0)),
+        dq=TileConfig(**fields("dq", stages=4 if wide else 8)),
+        dkdv=BlockConfig(part=part, **dkdv),
     )

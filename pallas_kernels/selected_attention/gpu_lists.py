@@ -14,10 +14,6 @@ from jaxtyping import Bool, Int
 
 from pallas_kernels.common import Scalar, block_total, query_indices
 
-TILE = 16
-"""Tokens of one thread block: two warpgroups of 8 tokens x 8 rows; an entry's low 16 bits mask them."""
-
-
 SORT_KEYS = 2**32 - 1
 """Rows x blocks x tokens up to which one sort of 32-bit keys covers all rows; beyond, each row is sorted by itself."""
 
@@ -28,9 +24,9 @@ class TileLists:
     """The blocks that each tile of queries reads.
 
     Attributes:
-      entries: [R, C, P, W] int32, R = B x N rows of C tiles; entry e of a tile stands at [e // W, e % W] and is
-        (block << 16) | (mask of the tile's tokens that chose it), blocks ascending.
-      tiles: [R, C, 4] int32: number of entries; how many of them every token of the cluster sees whole; absolute index
+      entries: [R, C, P, W] int32, R = B x N rows of C tiles: a tile's numbers in order, P pieces of W. Numbers 2e and
+        2e + 1 are entry e: a block, ascending, and a mask whose bit i is whether the tile's token i chose it.
+      tiles: [R, C, 4] int32: number of entries; how many of them every token of the tile sees whole; absolute index
         of the tile's first token; last token of the row that is below its length (0 where there is none).
     """
 
@@ -87,9 +83,9 @@ def tile_lists(
     q_offset: Scalar,
     keys: int,
     block_size: int,
-    cluster: int,
+    tokens: int,
 ) -> TileLists:
-    """Lists the union of the blocks of each cluster of tiles, with each tile's own masks.
+    """Lists the union of the blocks of each tile of queries.
 
     Args:
       chosen: from `visible_choice`.
@@ -97,53 +93,63 @@ def tile_lists(
       q_offset: absolute index of the first query.
       keys: S.
       block_size: keys per block.
-      cluster: neighbouring tiles that read the same blocks in step.
+      tokens: of a tile; at most 31.
 
     Returns:
-      The lists; memory grows with T x S / (16 x block_size).
+      The lists; memory grows with T x S / (tokens x block_size).
     """
     batch, heads, queries, places = chosen.shape
     blocks = block_total(keys, block_size)
-    tiles = -(-queries // (TILE * cluster)) * cluster
+    tiles = -(-queries // tokens)
     rows = batch * heads
-    chosen = jnp.pad(chosen, [(0, 0), (0, 0), (0, tiles * TILE - queries), (0, 0)], constant_values=-1)
-    chosen = chosen.reshape(rows, tiles * TILE * places)
-    token = jnp.arange(tiles * TILE, dtype=jnp.int32).repeat(places)
+    chosen = jnp.pad(chosen, [(0, 0), (0, 0), (0, tiles * tokens - queries), (0, 0)], constant_values=-1)
+    chosen = chosen.reshape(rows, tiles * tokens * places)
+    token = jnp.arange(tiles * tokens, dtype=jnp.int32).repeat(places)
     # Each (token, block) occurs once, so that the sum is the union of the bits.
     table = jnp.zeros((rows, tiles, blocks), jnp.int32)
-    table = table.at[jnp.arange(rows)[:, None], token // TILE, jnp.where(chosen < 0, blocks, chosen)].add(
-        1 << (token % TILE), mode="drop"
+    table = table.at[jnp.arange(rows)[:, None], token // tokens, jnp.where(chosen < 0, blocks, chosen)].add(
+        1 << (token % tokens), mode="drop"
     )
 
-    by_cluster = table.reshape(rows, tiles // cluster, cluster, blocks)
-    listed = jnp.broadcast_to((by_cluster != 0).any(axis=2, keepdims=True), by_cluster.shape)
-    listed = listed.reshape(table.shape)
-    ends = jnp.cumsum(listed, axis=2, dtype=jnp.int32)
-    capacity = min(TILE * cluster * places, blocks)
-    width = min(256, -(-capacity // 32) * 32)
-    capacity = -(-capacity // width) * width
+    listed = table != 0
+    count, place = _places(listed)
+    capacity = min(tokens * places, blocks)
+    width = min(256, -(-2 * capacity // 32) * 32)
+    capacity = -(-2 * capacity // width) * width // 2
     block = jnp.arange(blocks, dtype=jnp.int32)
-    entries = jnp.zeros((rows, tiles, capacity), jnp.int32)
+    entries = jnp.zeros((rows, tiles, capacity, 2), jnp.int32)
     entries = entries.at[
         jnp.arange(rows)[:, None, None],
         jnp.arange(tiles)[:, None],
-        jnp.where(listed, ends - 1, capacity),
-    ].set((block << 16) | table, mode="drop", unique_indices=True)
+        jnp.where(listed, place, capacity),
+    ].set(jnp.stack([jnp.broadcast_to(block, table.shape), table], axis=-1), mode="drop", unique_indices=True)
 
-    first = query_indices(tiles * TILE, q_offset).reshape(tiles // cluster, cluster, TILE)
-    whole = listed & (block < ((first[:, :1, 0] + 1) // block_size).repeat(cluster, axis=1).reshape(-1, 1))
+    first = query_indices(tiles * tokens, q_offset)[::tokens]
+    whole = listed & (block < ((first + 1) // block_size)[:, None])
     last = jnp.clip(length - jnp.asarray(q_offset, jnp.int32), 1, max(queries, 1)) - 1
     shape = (rows, tiles)
     about = jnp.stack(
         [
-            ends[:, :, -1],
+            count,
             whole.sum(axis=2, dtype=jnp.int32),
-            jnp.broadcast_to(first[..., 0].reshape(-1), shape),
+            jnp.broadcast_to(first, shape),
             jnp.broadcast_to(last.repeat(heads)[:, None], shape),
         ],
         axis=-1,
     )
-    return TileLists(entries.reshape(rows, tiles, capacity // width, width), about)
+    return TileLists(entries.reshape(rows, tiles, -1, width), about)
+
+
+def _places(listed: Bool[jax.Array, "R C M"]) -> tuple[Int[jax.Array, "R C"], Int[jax.Array, "R C M"]]:
+    """How many of the last axis are listed, and how many before each: sums of 32 at a time are one count of bits."""
+    *lead, blocks = listed.shape
+    bit = jnp.arange(32, dtype=jnp.uint32)
+    words = jnp.pad(listed, [(0, 0), (0, 0), (0, -blocks % 32)]).reshape(*lead, -1, 32).astype(jnp.uint32)
+    words = (words << bit).sum(axis=-1, dtype=jnp.uint32)
+    ends = jnp.cumsum(jax.lax.population_count(words), axis=-1, dtype=jnp.uint32)
+    earlier = words[..., None] & ((jnp.uint32(1) << bit) - 1)
+    place = (ends - jax.lax.population_count(words))[..., None] + jax.lax.population_count(earlier)
+    return ends[..., -1].astype(jnp.int32), place.reshape(*lead, -1)[..., :blocks].astype(jnp.int32)
 
 
 def block_lists(

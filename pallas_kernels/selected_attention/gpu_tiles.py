@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.gpu import ROW_LAYOUT, Ref
-from pallas_kernels.selected_attention.gpu_config import CONSUMERS, ROWS, TOKENS, TileConfig
+from pallas_kernels.selected_attention.gpu_config import ROWS, TOKENS, TileConfig
 
 BLOCK = 64
 """Keys per block that the kernels cover."""
@@ -33,33 +33,43 @@ class Tile:
         return tuple(tiles_ref[self.row, self.index, i] for i in range(4))
 
 
-def this_tile(config: TileConfig) -> Tile:
+def this_tile() -> Tile:
     """The tile of the calling thread block."""
-    index = lax.axis_index("tile")
-    if config.cluster > 1:
-        index = index * config.cluster + lax.axis_index("pair")
-    return Tile(lax.axis_index("row"), index)
+    return Tile(lax.axis_index("row"), lax.axis_index("tile"))
 
 
 def launch(config: TileConfig, rows: int, tiles: int) -> dict[str, Any]:
     """Grid and compiler options: rows slowest, so that one KV head's keys stay in the L2 cache."""
-    options = {
-        "grid": (rows, tiles // config.cluster),
+    return {
+        "grid": (rows, tiles),
         "grid_names": ("row", "tile"),
-        "num_threads": CONSUMERS + 1,
+        "num_threads": config.consumers + 1,
         "thread_name": "warpgroup",
         "compiler_params": plgpu.CompilerParams(approx_math=True),
     }
-    if config.cluster > 1:
-        options |= {"cluster": (config.cluster,), "cluster_names": ("pair",)}
-    return options
 
 
-def consumed_barrier(config: TileConfig) -> Any:
-    """One arrival per consumer of every thread block that fetches together, for each stage."""
-    if config.cluster == 1:
-        return plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=config.stages)
-    return plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=CONSUMERS, num_barriers=config.stages)
+@dataclasses.dataclass(frozen=True)
+class List:
+    """The list of a tile, in shared memory.
+
+    Attributes:
+      entries: [P, W].
+    """
+
+    entries: Ref
+
+    def block(self, i: jax.Array) -> jax.Array:
+        """The block of entry i."""
+        return self._number(2 * i)
+
+    def mask(self, i: jax.Array, warpgroup: jax.Array) -> jax.Array:
+        """Which of the warpgroup's 8 tokens chose the block of entry i."""
+        return (self._number(2 * i + 1) >> (warpgroup * TOKENS)) & (2**TOKENS - 1)
+
+    def _number(self, i: jax.Array) -> jax.Array:
+        width = self.entries.shape[1]
+        return self.entries[lax.div(i, width), lax.rem(i, width)]
 
 
 def fetch_tokens(
@@ -90,7 +100,7 @@ def store_tokens(source: Ref, target: Ref, batch: jax.Array, head: jax.Array, fi
 def fetch_blocks(
     config: TileConfig,
     count: jax.Array,
-    entry: Any,
+    entries: List,
     tensors: tuple[tuple[Ref, Ref], ...],
     loaded: Ref,
     consumed: Ref,
@@ -98,40 +108,34 @@ def fetch_blocks(
     head: jax.Array,
 ) -> None:
     """Keeps the ring full: the blocks of the list, in order, of each (global, ring) pair of tensors."""
-    together = {"collective_axes": "pair"} if config.cluster > 1 else {}
 
     @pl.loop(0, count)
     def _(i):
         slot = lax.rem(i, config.stages)
-        keys = pl.ds(pl.multiple_of((entry(i) >> 16) * BLOCK, BLOCK), BLOCK)
+        keys = pl.ds(pl.multiple_of(entries.block(i) * BLOCK, BLOCK), BLOCK)
 
         @pl.when(i >= config.stages)
         def _():
             plgpu.barrier_wait(consumed.at[slot])
 
         for source, ring in tensors:
-            plgpu.copy_gmem_to_smem(source.at[batch, keys, head], ring.at[slot], loaded.at[slot], **together)
+            plgpu.copy_gmem_to_smem(source.at[batch, keys, head], ring.at[slot], loaded.at[slot])
 
-    # A thread block must outlive the arrivals that its neighbour sends it.
+    # The ring is handed back empty: no arrival is left for a barrier of a thread block that has ended.
     @pl.loop(jnp.maximum(count - config.stages, 0), count)
     def _(i):
         plgpu.barrier_wait(consumed.at[lax.rem(i, config.stages)])
 
 
-def chosen_by(entry: jax.Array, warpgroup: jax.Array) -> jax.Array:
-    """Whether any of the warpgroup's tokens chose the entry's block."""
-    return ((entry >> (warpgroup * TOKENS)) & (2**TOKENS - 1)) != 0
-
-
-def chosen_rows(entry: jax.Array, warpgroup: jax.Array) -> jax.Array:
-    """Rows [64] whose token chose the entry's block."""
+def chosen_rows(mask: jax.Array) -> jax.Array:
+    """Rows [64] whose token is in the mask."""
     token = plgpu.broadcasted_iota(jnp.int32, (TOKENS * ROWS,), 0, layout=ROW_LAYOUT) // ROWS
-    return ((entry >> (warpgroup * TOKENS)) >> token) & 1 == 1
+    return (mask >> token) & 1 == 1
 
 
-def causal_mask(entry: jax.Array, start: jax.Array) -> jax.Array:
-    """[64, 64]: the row's token, `start` + row // 8, is at or past the key of the entry's block."""
+def causal_mask(block: jax.Array, start: jax.Array) -> jax.Array:
+    """[64, 64]: the row's token, `start` + row // 8, is at or past the column's key of the block."""
     shape = (TOKENS * ROWS, BLOCK)
     token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) // ROWS
     key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-    return key + ((entry >> 16) * BLOCK - start) <= token
+    return key + (block * BLOCK - start) <= token

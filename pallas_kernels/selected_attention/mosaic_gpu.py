@@ -22,8 +22,8 @@ from pallas_kernels.gpu import HIDDEN, ROW_LAYOUT
 from pallas_kernels.selected_attention import gpu_config
 from pallas_kernels.selected_attention import gpu_tiles as tiling
 from pallas_kernels.selected_attention import mosaic_gpu_backward as backward
-from pallas_kernels.selected_attention.gpu_config import CONSUMERS, ROWS, TOKENS
-from pallas_kernels.selected_attention.gpu_lists import TILE, TileLists, block_lists, tile_lists, visible_choice
+from pallas_kernels.selected_attention.gpu_config import ROWS, TOKENS
+from pallas_kernels.selected_attention.gpu_lists import TileLists, block_lists, tile_lists, visible_choice
 from pallas_kernels.selected_attention.gpu_tiles import BLOCK
 
 SAVED = ("selected_output", "selected_lse")
@@ -62,7 +62,7 @@ def selected_attention(
       NotImplementedError: a dtype, head size, group or block size that the kernels do not cover.
     """
     q, k, v, block_indices = (jnp.asarray(x) for x in (q, k, v, block_indices))
-    _check_covered(q, k, block_size)
+    check_covered(q, k, block_size)
     if 0 in (*q.shape, *k.shape, block_indices.shape[3]):
         return jnp.zeros(q.shape, q.dtype), jnp.full(q.shape[:-1], EMPTY_LSE, jnp.float32)
     length = resolve_lengths(lengths, q.shape[0], k.shape[1])
@@ -80,7 +80,8 @@ def whole_blocks(x: Float[jax.Array, "B S N D"], length: Int[jax.Array, "B"] | N
     return jnp.pad(x, [(0, 0), (0, block_total(keys, BLOCK) * BLOCK - keys), (0, 0), (0, 0)])
 
 
-def _check_covered(q: jax.Array, k: jax.Array, block_size: int) -> None:
+def check_covered(q: jax.Array, k: jax.Array, block_size: int) -> None:
+    """Raises NotImplementedError for a dtype, head size, group, block size or number of keys that is not covered."""
     gpu.check_covered(q.dtype, *q.shape[3:])
     if block_size != BLOCK:
         raise NotImplementedError(f"the Mosaic GPU kernel takes block_size {BLOCK}, not {block_size}")
@@ -112,12 +113,10 @@ def _attend_forward(
     length: jax.Array,
     q_offset: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
-    lists = tile_lists(chosen, length, q_offset, k.shape[1], BLOCK, config.forward.cluster)
-    results = forward(config.forward, interpret, q, k, v, lists)
+    forward_lists, dq_lists = work_lists(config, chosen, length, q_offset, k.shape[1])
+    results = forward(config.forward, interpret, q, k, v, forward_lists)
     o, lse = (checkpoint_name(x, name) for x, name in zip(results, SAVED, strict=True))
-    if config.dq.cluster != config.forward.cluster:
-        lists = tile_lists(chosen, length, q_offset, k.shape[1], BLOCK, config.dq.cluster)
-    return (o, lse), (q, k, v, chosen, q_offset, lists, o, lse)
+    return (o, lse), (q, k, v, chosen, q_offset, dq_lists, o, lse)
 
 
 def _attend_backward(
@@ -128,14 +127,62 @@ def _attend_backward(
 ) -> tuple[jax.Array | None, ...]:
     q, k, v, chosen, q_offset, lists, o, lse = saved
     do, dlse = cotangents
-    shift, delta = backward.row_terms(o, lse, do, dlse)
-    dq = backward.query_gradient(config.dq, interpret, q, k, v, do, shift, delta, lists)
-    queries_of = block_lists(chosen, q_offset, k.shape[1], BLOCK, config.dkdv.part)
-    dk, dv = backward.key_gradients(config.dkdv, interpret, q, k, v, do, shift, delta, queries_of)
-    return dq, dk, dv, None, None, None
+    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
+    gradients = backward_from(config, interpret, q, k, v, do, lse, delta, chosen, q_offset, lists)
+    return *gradients, None, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def work_lists(
+    config: gpu_config.Config,
+    chosen: Int[jax.Array, "B N T n"],
+    length: Int[jax.Array, "B"],
+    q_offset: Scalar,
+    keys: int,
+) -> tuple[TileLists, TileLists]:
+    """The lists of the forward kernel and of dq's, from `gpu_lists.visible_choice`."""
+    lists = {
+        tokens: tile_lists(chosen, length, q_offset, keys, BLOCK, tokens)
+        for tokens in {config.forward.tokens, config.dq.tokens}
+    }
+    return lists[config.forward.tokens], lists[config.dq.tokens]
+
+
+def backward_from(
+    config: gpu_config.Config,
+    interpret: Any,
+    q: Float[jax.Array, "B T N G D"],
+    k: Float[jax.Array, "B S N D"],
+    v: Float[jax.Array, "B S N D"],
+    do: Float[jax.Array, "B T N G D"],
+    lse: Float32[jax.Array, "B T N G"],
+    delta: Float32[jax.Array, "B T N G"],
+    chosen: Int[jax.Array, "B N T n"],
+    q_offset: Scalar,
+    lists: TileLists,
+) -> tuple[Float[jax.Array, "B T N G D"], Float[jax.Array, "B S N D"], Float[jax.Array, "B S N D"]]:
+    """dq, dk and dv with p = exp(logits - lse) and ds = p (do v^T - delta).
+
+    Args:
+      config: tile configurations.
+      interpret: parameters of Pallas's GPU interpreter; None compiles.
+      q: queries.
+      k: keys in whole blocks.
+      v: values, likewise.
+      do: cotangent of the output.
+      lse: log-sum-exps.
+      delta: sums of do x output, less the cotangent of the log-sum-exp.
+      chosen: from `gpu_lists.visible_choice`.
+      q_offset: absolute index of the first query.
+      lists: of dq's kernel, from `work_lists`.
+    """
+    shift, delta = backward.terms_in_rows(lse, delta)
+    dq = backward.query_gradient(config.dq, interpret, q, k, v, do, shift, delta, lists)
+    queries_of = block_lists(chosen, q_offset, k.shape[1], BLOCK, config.dkdv.part)
+    dk, dv = backward.key_gradients(config.dkdv, interpret, q, k, v, do, shift, delta, queries_of)
+    return dq, dk, dv
 
 
 def forward(
@@ -149,7 +196,7 @@ def forward(
     """Runs the forward kernel.
 
     Args:
-      config: stages and cluster; `lists` must be built for that cluster.
+      config: how the kernel runs; `lists` must be built for its tokens.
       interpret: parameters of Pallas's GPU interpreter; None compiles.
       q: queries.
       k: keys in whole blocks.
@@ -161,51 +208,60 @@ def forward(
     """
     batch, queries, heads, group, size = q.shape
     rows, tiles, pieces, width = lists.entries.shape
+    consumers, stages = config.consumers, config.stages
     scale = size**-0.5 * gpu.LOG2_E
 
     def body(q_ref, k_ref, v_ref, entries_ref, tiles_ref, o_ref, lse_ref, *scratch):
         q_smem, k_smem, v_smem, entries_smem, lse_smem, q_ready, list_ready, loaded, consumed = scratch
-        tile = tiling.this_tile(config)
+        tile = tiling.this_tile()
+        entries = tiling.List(entries_smem)
         b, n = lax.div(tile.row, heads), lax.rem(tile.row, heads)
         warpgroup = lax.axis_index("warpgroup")
         count, whole, start, last = tile.about(tiles_ref)
 
-        def entry_at(i):
-            return entries_smem[lax.div(i, width), lax.rem(i, width)]
-
-        @pl.when(warpgroup < CONSUMERS)
+        @pl.when(warpgroup < consumers)
         def _():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(gpu_config.REGISTERS[consumers][0], action="increase")
             q_tile = q_smem.at[warpgroup]
             offset = warpgroup * TOKENS
-            first = tile.index * TILE + offset
+            first = tile.index * config.tokens + offset
             tiling.fetch_tokens(q_ref, q_tile, q_ready.at[warpgroup], b, n, first, last)
             plgpu.barrier_wait(list_ready)
             plgpu.barrier_wait(q_ready.at[warpgroup])
+            held = config.q_registers
+            lefts = {}
+            if held:
+                lefts[0, held] = plgpu.load(q_tile.at[:, pl.ds(0, held)], layout=plgpu.Layout.WGMMA)
+            if held < size:
+                lefts[held, size - held] = q_tile.at[:, pl.ds(held, size - held)]
+
+            def soften(i, s, top, causal):
+                if causal:
+                    s = jnp.where(tiling.causal_mask(entries.block(i), start + offset), s, -HIDDEN)
+                seen = tiling.chosen_rows(entries.mask(i, warpgroup))
+                new_top = jnp.maximum(top, jnp.where(seen, s.max(axis=1) * scale, EMPTY_LSE))
+                shift = jnp.where(seen, new_top, HIDDEN)
+                p = jnp.exp2(s * scale - lax.broadcast_in_dim(shift, s.shape, [0]))
+                return p, new_top, jnp.exp2(top - new_top)
+
+            def accumulate(i, acc, p, rescale):
+                acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
+                return gpu.add_product(acc, p.astype(v_ref.dtype), v_smem.at[lax.rem(i, stages)], interpret)
 
             def step(i, carry, causal):
-                slot = lax.rem(i, config.stages)
-                entry = entry_at(i)
-                plgpu.barrier_wait(loaded.at[slot])
+                plgpu.barrier_wait(loaded.at[lax.rem(i, stages)])
 
                 def attend(carry):
                     acc, top, total = carry
-
-                    s = gpu.product(q_tile, k_smem.at[slot].transpose((1, 0)), BLOCK)
-                    if causal:
-                        s = jnp.where(tiling.causal_mask(entry, start + offset), s, -HIDDEN)
-                    seen = tiling.chosen_rows(entry, warpgroup)
-                    new_top = jnp.maximum(top, jnp.where(seen, s.max(axis=1) * scale, EMPTY_LSE))
-                    shift = jnp.where(seen, new_top, HIDDEN)
-                    p = jnp.exp2(s * scale - lax.broadcast_in_dim(shift, s.shape, [0]))
-                    rescale = jnp.exp2(top - new_top)
+                    keys = k_smem.at[lax.rem(i, stages)]
+                    parts = [(left, keys.at[:, pl.ds(*columns)].transpose((1, 0))) for columns, left in lefts.items()]
+                    s = gpu.sum_of_products(parts, BLOCK, interpret)
+                    p, top, rescale = soften(i, s, top, causal)
                     total = total * rescale + p.sum(axis=1)
-                    acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
-                    acc = gpu.add_product(acc, p.astype(v_ref.dtype), v_smem.at[slot], interpret)
-                    return acc, new_top, total
+                    return accumulate(i, acc, p, rescale), top, total
 
-                carry = lax.cond(tiling.chosen_by(entry, warpgroup), attend, lambda carry: carry, carry)
-                plgpu.barrier_arrive(consumed.at[slot])
+                carry = lax.cond(entries.mask(i, warpgroup) != 0, attend, lambda carry: carry, carry)
+                plgpu.barrier_arrive(consumed.at[lax.rem(i, stages)])
                 return carry
 
             carry = (
@@ -226,33 +282,33 @@ def forward(
             plgpu.copy_smem_to_gmem(lse_tile, lse_ref.at[tile.row, pl.ds(first * ROWS, TOKENS * ROWS)])
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(warpgroup == CONSUMERS)
+        @pl.when(warpgroup == consumers)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(gpu_config.REGISTERS[consumers][1], action="decrease")
             plgpu.copy_gmem_to_smem(entries_ref.at[tile.row, tile.index], entries_smem, list_ready)
             plgpu.barrier_wait(list_ready)
             tensors = ((k_ref, k_smem), (v_ref, v_smem))
-            tiling.fetch_blocks(config, count, entry_at, tensors, loaded, consumed, b, n)
+            tiling.fetch_blocks(config, count, entries, tensors, loaded, consumed, b, n)
 
     o, lse = plgpu.kernel(
         body,
         out_type=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((rows, tiles * TILE * ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((rows, tiles * config.tokens * ROWS), jnp.float32),
         ),
         scratch_types=(
-            gpu.tile_memory((CONSUMERS, TOKENS * ROWS, size), q.dtype),
-            gpu.tile_memory((config.stages, BLOCK, size), q.dtype),
-            gpu.tile_memory((config.stages, BLOCK, size), q.dtype),
+            gpu.tile_memory((consumers, TOKENS * ROWS, size), q.dtype),
+            gpu.tile_memory((stages, BLOCK, size), q.dtype),
+            gpu.tile_memory((stages, BLOCK, size), q.dtype),
             plgpu.SMEM((pieces, width), jnp.int32),
-            plgpu.SMEM((CONSUMERS, TOKENS * ROWS), jnp.float32),
-            plgpu.Barrier(num_arrivals=TOKENS, num_barriers=CONSUMERS),
+            plgpu.SMEM((consumers, TOKENS * ROWS), jnp.float32),
+            plgpu.Barrier(num_arrivals=TOKENS, num_barriers=consumers),
             plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
-            tiling.consumed_barrier(config),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
         ),
         interpret=interpret,
         **tiling.launch(config, rows, tiles),
     )(q, k, v, lists.entries, lists.tiles)
-    lse = lse.reshape(batch, heads, tiles * TILE, ROWS)[:, :, :queries, :group]
+    lse = lse.reshape(batch, heads, tiles * config.tokens, ROWS)[:, :, :queries, :group]
     return o, jnp.swapaxes(lse, 1, 2)

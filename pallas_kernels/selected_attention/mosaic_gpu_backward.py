@@ -1,6 +1,7 @@
 """Selected attention on Hopper, backward: dq over tiles of queries, dk and dv over the queries of a block."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -15,14 +16,14 @@ from pallas_kernels.common import EMPTY_LSE
 from pallas_kernels.gpu import COLUMN_LAYOUT, HIDDEN, ROW_LAYOUT, WARPS
 from pallas_kernels.selected_attention import gpu_tiles as tiling
 from pallas_kernels.selected_attention.gpu_config import (
-    CONSUMERS,
+    PAIR,
+    REGISTERS,
     ROWS,
     TOKENS,
-    WIDEST_CLUSTER,
     BlockConfig,
     TileConfig,
 )
-from pallas_kernels.selected_attention.gpu_lists import TILE, BlockLists, TileLists
+from pallas_kernels.selected_attention.gpu_lists import BlockLists, TileLists
 from pallas_kernels.selected_attention.gpu_tiles import BLOCK
 
 
@@ -32,13 +33,20 @@ def row_terms(
     do: Float[jax.Array, "B T N G D"],
     dlse: Float32[jax.Array, "B T N G"],
 ) -> tuple[Float32[jax.Array, "R P"], Float32[jax.Array, "R P"]]:
+    """`terms_in_rows` of an output's own log-sum-exp and its delta."""
+    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
+    return terms_in_rows(lse, delta)
+
+
+def terms_in_rows(
+    lse: Float32[jax.Array, "B T N G"], delta: Float32[jax.Array, "B T N G"]
+) -> tuple[Float32[jax.Array, "R P"], Float32[jax.Array, "R P"]]:
     """What each row of a tile subtracts: the base-2 log-sum-exp of its exponents and delta of its dP.
 
-    Both are laid out as 8 rows per token, at least 16 tokens past the last one; rows of no query have HIDDEN and 0.
+    Both are laid out as 8 rows per token; rows of no query have HIDDEN and 0.
     """
     batch, queries, heads, group = lse.shape
     empty = lse == EMPTY_LSE
-    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
     past = padded_tokens(queries) - queries
 
     def in_rows(x: jax.Array, fill: float) -> jax.Array:
@@ -50,9 +58,9 @@ def row_terms(
 
 
 def padded_tokens(queries: int) -> int:
-    """Tokens of `row_terms`' arrays: whole clusters of tiles, and one tile that belongs to no query."""
-    cluster = WIDEST_CLUSTER * TILE
-    return -(-queries // cluster) * cluster + TILE
+    """Tokens of `row_terms`' arrays: whole tiles of any number of warpgroups."""
+    whole = math.lcm(*(consumers * TOKENS for consumers in REGISTERS))
+    return -(-queries // whole) * whole
 
 
 def query_gradient(
@@ -69,25 +77,24 @@ def query_gradient(
     """The gradient of q: the forward's walk over the blocks of a tile, with the probabilities from the log-sum-exp."""
     queries, heads, size = q.shape[1], q.shape[2], q.shape[4]
     rows, tiles, pieces, width = lists.entries.shape
+    consumers, stages = config.consumers, config.stages
     scale = size**-0.5 * gpu.LOG2_E
 
     def body(q_ref, k_ref, v_ref, do_ref, shift_ref, delta_ref, entries_ref, tiles_ref, dq_ref, *scratch):
-        (q_smem, do_smem, k_smem, v_smem, shift_smem, delta_smem, entries_smem) = scratch[:7]
+        q_smem, do_smem, k_smem, v_smem, shift_smem, delta_smem, entries_smem = scratch[:7]
         tile_ready, list_ready, loaded, consumed = scratch[7:]
-        tile = tiling.this_tile(config)
+        tile = tiling.this_tile()
+        entries = tiling.List(entries_smem)
         b, n = lax.div(tile.row, heads), lax.rem(tile.row, heads)
         warpgroup = lax.axis_index("warpgroup")
         count, whole, start, last = tile.about(tiles_ref)
 
-        def entry_at(i):
-            return entries_smem[lax.div(i, width), lax.rem(i, width)]
-
-        @pl.when(warpgroup < CONSUMERS)
+        @pl.when(warpgroup < consumers)
         def _():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(REGISTERS[consumers][0], action="increase")
             q_tile, do_tile, ready = q_smem.at[warpgroup], do_smem.at[warpgroup], tile_ready.at[warpgroup]
             offset = warpgroup * TOKENS
-            first = tile.index * TILE + offset
+            first = tile.index * config.tokens + offset
             tiling.fetch_tokens(q_ref, q_tile, ready, b, n, first, last)
             tiling.fetch_tokens(do_ref, do_tile, ready, b, n, first, last)
             terms = pl.ds(first * ROWS, TOKENS * ROWS)
@@ -99,21 +106,26 @@ def query_gradient(
             own_delta = plgpu.load(delta_smem.at[warpgroup], layout=ROW_LAYOUT)
 
             def step(i, dq, causal):
-                slot = lax.rem(i, config.stages)
-                entry = entry_at(i)
+                slot = lax.rem(i, stages)
+                mask = entries.mask(i, warpgroup)
                 plgpu.barrier_wait(loaded.at[slot])
 
                 def attend(dq):
-                    s = gpu.product(q_tile, k_smem.at[slot].transpose((1, 0)), BLOCK)
-                    if causal:
-                        s = jnp.where(tiling.causal_mask(entry, start + offset), s, -HIDDEN)
-                    row_shift = jnp.where(tiling.chosen_rows(entry, warpgroup), own_shift, HIDDEN)
-                    p = jnp.exp2(s * scale - lax.broadcast_in_dim(row_shift, s.shape, [0]))
-                    dp = gpu.product(do_tile, v_smem.at[slot].transpose((1, 0)), BLOCK)
-                    ds = p * (dp - lax.broadcast_in_dim(own_delta, s.shape, [0]))
+                    def overlap(s_ref, dp_ref):
+                        plgpu.wgmma(s_ref, q_tile, k_smem.at[slot].transpose((1, 0)))
+                        plgpu.wgmma(dp_ref, do_tile, v_smem.at[slot].transpose((1, 0)))
+                        s = gpu.first_product(s_ref, interpret)
+                        if causal:
+                            s = jnp.where(tiling.causal_mask(entries.block(i), start + offset), s, -HIDDEN)
+                        row_shift = jnp.where(tiling.chosen_rows(mask), own_shift, HIDDEN)
+                        p = jnp.exp2(s * scale - lax.broadcast_in_dim(row_shift, s.shape, [0]))
+                        return p * (dp_ref[...] - lax.broadcast_in_dim(own_delta, s.shape, [0]))
+
+                    acc = plgpu.ACC((TOKENS * ROWS, BLOCK), jnp.float32)
+                    ds = pl.run_scoped(overlap, acc, acc)
                     return gpu.add_product(dq, ds.astype(k_ref.dtype), k_smem.at[slot], interpret)
 
-                dq = lax.cond(tiling.chosen_by(entry, warpgroup), attend, lambda dq: dq, dq)
+                dq = lax.cond(mask != 0, attend, lambda dq: dq, dq)
                 plgpu.barrier_arrive(consumed.at[slot])
                 return dq
 
@@ -127,29 +139,29 @@ def query_gradient(
             tiling.store_tokens(q_tile, dq_ref, b, n, first, queries)
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(warpgroup == CONSUMERS)
+        @pl.when(warpgroup == consumers)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(REGISTERS[consumers][1], action="decrease")
             plgpu.copy_gmem_to_smem(entries_ref.at[tile.row, tile.index], entries_smem, list_ready)
             plgpu.barrier_wait(list_ready)
             tensors = ((k_ref, k_smem), (v_ref, v_smem))
-            tiling.fetch_blocks(config, count, entry_at, tensors, loaded, consumed, b, n)
+            tiling.fetch_blocks(config, count, entries, tensors, loaded, consumed, b, n)
 
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=(
-            gpu.tile_memory((CONSUMERS, TOKENS * ROWS, size), q.dtype),
-            gpu.tile_memory((CONSUMERS, TOKENS * ROWS, size), q.dtype),
-            gpu.tile_memory((config.stages, BLOCK, size), q.dtype),
-            gpu.tile_memory((config.stages, BLOCK, size), q.dtype),
-            plgpu.SMEM((CONSUMERS, TOKENS * ROWS), jnp.float32),
-            plgpu.SMEM((CONSUMERS, TOKENS * ROWS), jnp.float32),
+            gpu.tile_memory((consumers, TOKENS * ROWS, size), q.dtype),
+            gpu.tile_memory((consumers, TOKENS * ROWS, size), q.dtype),
+            gpu.tile_memory((stages, BLOCK, size), q.dtype),
+            gpu.tile_memory((stages, BLOCK, size), q.dtype),
+            plgpu.SMEM((consumers, TOKENS * ROWS), jnp.float32),
+            plgpu.SMEM((consumers, TOKENS * ROWS), jnp.float32),
             plgpu.SMEM((pieces, width), jnp.int32),
-            plgpu.Barrier(num_arrivals=2 * TOKENS + 2, num_barriers=CONSUMERS),
+            plgpu.Barrier(num_arrivals=2 * TOKENS + 2, num_barriers=consumers),
             plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
-            tiling.consumed_barrier(config),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
         ),
         interpret=interpret,
         **tiling.launch(config, rows, tiles),
@@ -175,7 +187,7 @@ def key_gradients(
     queries, heads, size = q.shape[1], q.shape[2], q.shape[4]
     scale = size**-0.5 * gpu.LOG2_E
     stages = config.stages
-    terms = _terms_in_lists(shift, delta, lists, queries)
+    terms = terms_in_lists(shift, delta, lists, queries)
 
     def body(q_ref, k_ref, v_ref, do_ref, terms_ref, tokens_ref, items_ref, dk_ref, dv_ref, *rest):
         partial_refs = rest[: 2 * (lists.slots > 0)]
@@ -191,33 +203,39 @@ def key_gradients(
         def token_at(place):
             return tokens_ref[jnp.maximum(jnp.minimum(begin + place, end - 1), 0)]
 
-        @pl.when((warpgroup < CONSUMERS) & (row >= 0))
+        @pl.when((warpgroup < PAIR) & (row >= 0))
         def _():
             plgpu.set_max_registers(232, action="increase")
             plgpu.barrier_wait(block_ready)
 
             def turn(j, carry, causal):
                 dk, dv = carry
-                i = j * CONSUMERS + warpgroup
+                i = j * PAIR + warpgroup
                 stage = lax.rem(i, stages)
                 plgpu.barrier_wait(loaded.at[stage])
                 q_tile, do_tile = q_smem.at[stage], do_smem.at[stage]
-                s = gpu.product(k_smem, q_tile.transpose((1, 0)), TOKENS * ROWS)
-                if causal:
-                    s = jnp.where(_sees(tuple(token_at(i * TOKENS + t) for t in range(TOKENS)), origin), s, -HIDDEN)
                 there = _column_token() < end - begin - i * TOKENS
                 row_shift = jnp.where(there, plgpu.load(terms_smem.at[stage, 0], layout=COLUMN_LAYOUT), HIDDEN)
-                p = jnp.exp2(s * scale - lax.broadcast_in_dim(row_shift, s.shape, [1]))
-                dv = gpu.add_product(dv, p.astype(q_ref.dtype), do_tile, interpret)
-                dp = gpu.product(v_smem, do_tile.transpose((1, 0)), TOKENS * ROWS)
                 row_delta = plgpu.load(terms_smem.at[stage, 1], layout=COLUMN_LAYOUT)
+
+                s = gpu.product(k_smem, q_tile.transpose((1, 0)), TOKENS * ROWS)
+                if causal:
+                    group = tuple(token_at(i * TOKENS + t) for t in range(TOKENS))
+                    s = jnp.where(_sees(group, origin), s, -HIDDEN)
+                p = jnp.exp2(s * scale - lax.broadcast_in_dim(row_shift, s.shape, [1]))
+                dv, dp = gpu.add_two_products(
+                    (dv, plgpu.layout_cast(jnp.zeros(s.shape, jnp.float32), plgpu.Layout.WGMMA)),
+                    (p.astype(q_ref.dtype), v_smem),
+                    (do_tile, do_tile.transpose((1, 0))),
+                    interpret,
+                )
                 ds = p * (dp - lax.broadcast_in_dim(row_delta, s.shape, [1]))
                 dk = gpu.add_product(dk, ds.astype(q_ref.dtype), q_tile, interpret)
                 plgpu.barrier_arrive(consumed.at[stage])
                 return dk, dv
 
             def turns(steps):
-                return lax.div(steps - warpgroup + CONSUMERS - 1, CONSUMERS)
+                return lax.div(steps - warpgroup + PAIR - 1, PAIR)
 
             seen_in_part = lax.div(jnp.clip(partial_end - begin, 0, end - begin) + TOKENS - 1, TOKENS)
             zero = plgpu.layout_cast(jnp.zeros((BLOCK, size), jnp.float32), plgpu.Layout.WGMMA)
@@ -260,7 +278,7 @@ def key_gradients(
                         plgpu.barrier_arrive(free)
                 plgpu.wait_smem_to_gmem(0)
 
-        @pl.when((warpgroup == CONSUMERS) & (row >= 0))
+        @pl.when((warpgroup == PAIR) & (row >= 0))
         def _():
             plgpu.set_max_registers(40, action="decrease")
             plgpu.copy_gmem_to_smem(k_ref.at[b, keys, n], k_smem, block_ready)
@@ -322,7 +340,7 @@ def key_gradients(
         ),
         grid=(lists.items.shape[0],),
         grid_names=("item",),
-        num_threads=CONSUMERS + 1,
+        num_threads=PAIR + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
@@ -348,7 +366,7 @@ def _sees(tokens: tuple[jax.Array, ...], origin: jax.Array) -> jax.Array:
     return key <= lax.broadcast_in_dim(place, shape, [1])
 
 
-def _terms_in_lists(shift: jax.Array, delta: jax.Array, lists: BlockLists, queries: int) -> jax.Array:
+def terms_in_lists(shift: jax.Array, delta: jax.Array, lists: BlockLists, queries: int) -> jax.Array:
     """Shift and delta of the 8 rows of each token of the lists [2, P * 8], and one group's more, which is never seen.
 
     A copy to shared memory must begin at a multiple of 128 bytes there, and a token's terms have 32: laid out in the

@@ -3,14 +3,15 @@
 import jax
 from jaxtyping import Float, Float32, Int
 
-from pallas_kernels import registry, validation
+from pallas_kernels import gpu, registry, validation
 from pallas_kernels.common import ArrayLike, Scalar
-from pallas_kernels.window_attention import mosaic_tpu, reference, xla
+from pallas_kernels.window_attention import mosaic_gpu, mosaic_tpu, reference, xla
 
 registry.register(
     "window_attention",
     reference=reference.window_attention,
     xla=xla.window_attention,
+    mosaic_gpu=gpu.on_hopper(mosaic_gpu.window_attention),
     mosaic_tpu=mosaic_tpu.window_attention,
 )
 

@@ -1,5 +1,6 @@
 """The Hopper kernels of selected attention: interpreted on the CPU against the reference, and lowered without a GPU."""
 
+import dataclasses
 import functools
 
 import jax
@@ -17,9 +18,11 @@ from pallas_kernels.specs import SPECS
 BLOCK = 64
 
 
-def small_config(cluster=1, part=8):
-    tiles = gpu_config.TileConfig(stages=2, cluster=cluster)
-    return gpu_config.Config(forward=tiles, dq=tiles, dkdv=gpu_config.BlockConfig(2, part))
+def small_config(consumers=2, part=8, q_registers=0):
+    tiles = gpu_config.TileConfig(stages=2, consumers=consumers)
+    return gpu_config.Config(
+        forward=dataclasses.replace(tiles, q_registers=q_registers), dq=tiles, dkdv=gpu_config.BlockConfig(2, part)
+    )
 
 
 def draw(shape, seed, dtype, end=None):
@@ -102,10 +105,20 @@ def test_ragged_rows_later_queries_and_split_lists():
 
 
 def test_no_races():
-    compare(jnp.bfloat16, 7, 64, queries=18, keys=90, places=2, q_offset=70, config=small_config(), races=True)
+    compare(
+        jnp.bfloat16,
+        7,
+        64,
+        queries=18,
+        keys=90,
+        places=2,
+        q_offset=70,
+        config=small_config(q_registers=64),
+        races=True,
+    )
 
 
-def test_blocks_fetched_by_two_thread_blocks_at_once():
+def test_three_warpgroups():
     compare(
         jnp.float16,
         1,
@@ -115,7 +128,7 @@ def test_blocks_fetched_by_two_thread_blocks_at_once():
         keys=200,
         places=3,
         q_offset=150,
-        config=small_config(cluster=2),
+        config=small_config(consumers=3),
         races=True,
     )
 
@@ -152,6 +165,15 @@ def lowered(spec, config=None):
     return jax.jit(both).trace(q, k, v, index, q, offset).lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.parametrize("tiles", [(5, 3, 0), (4, 2, 128), (4, 3, 64)])
+def test_other_configurations_lower_for_hopper(tiles):
+    spec = next(spec for spec in SPECS if spec.name.startswith("7B, 128K"))
+    stages, consumers, q_registers = tiles
+    tile = gpu_config.TileConfig(stages, consumers, q_registers)
+    config = gpu_config.Config(tile, dataclasses.replace(tile, stages=3), gpu_config.BlockConfig(4, 4096))
+    assert lowered(spec, config).count("mosaic_gpu") >= 3
+
+
 @pytest.mark.parametrize(
     "spec", [s for s in SPECS if s.name.startswith("7B, 128K") or "3B" in s.name], ids=lambda s: s.name
 )
@@ -172,11 +194,11 @@ def test_blocks_of_a_tile_ascend_and_carry_the_masks():
     index[0, 3, 0, 1] = 0
     index[0, 17, 0, 1:] = (0, 2)
     chosen = gpu_lists.visible_choice(jnp.asarray(index), jnp.array([90]), 70, 90, BLOCK)
-    lists = gpu_lists.tile_lists(chosen, jnp.array([90]), 70, 90, BLOCK, cluster=1)
-    first, second = np.asarray(lists.entries).reshape(2, -1)[:, :3]
-    np.testing.assert_array_equal(first, [0 << 16 | 1 << 3, 1 << 16 | 0xFFFF, 0])
+    lists = gpu_lists.tile_lists(chosen, jnp.array([90]), 70, 90, BLOCK, tokens=16)
+    first, second = np.asarray(lists.entries).reshape(2, -1)[:, :6]
+    np.testing.assert_array_equal(first, [0, 1 << 3, 1, 0xFFFF, 0, 0])
     # Block 2 begins past the last query and past the last key.
-    np.testing.assert_array_equal(second, [0 << 16 | 1 << 1, 1 << 16 | 0b1111, 0])
+    np.testing.assert_array_equal(second, [0, 1 << 1, 1, 0b1111, 0, 0])
     # Counts, blocks seen whole, first absolute query, last query below the length.
     np.testing.assert_array_equal(lists.tiles[0], [[2, 1, 70, 19], [2, 1, 86, 19]])
 

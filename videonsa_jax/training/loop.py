@@ -22,6 +22,7 @@ from videonsa_jax.data.sources import DataError
 from videonsa_jax.streams import TrainBatch
 from videonsa_jax.training import checkpoints
 from videonsa_jax.training.config import Experiment
+from videonsa_jax.training.environment import environment
 from videonsa_jax.training.errors import usage_errors
 from videonsa_jax.training.heldout import evaluate
 from videonsa_jax.training.mesh import check_batch_size, make_mesh, place_batch, state_shardings
@@ -36,7 +37,7 @@ from videonsa_jax.training.metrics import (
 from videonsa_jax.training.optimizer import learning_rate, make_optimizer
 from videonsa_jax.training.preemption import stop_requests
 from videonsa_jax.training.pretrained import pretrained_params
-from videonsa_jax.training.report import REPORT_FILE, accuracies, environment, write_report
+from videonsa_jax.training.report import REPORT_FILE, accuracies, write_report
 from videonsa_jax.training.step import (
     Rows,
     Sums,

@@ -1,17 +1,13 @@
 """The end of a run: accuracy per question family with intervals, as JSON and as a figure."""
 
-import importlib.metadata
 import json
 import math
 import os
-import platform
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import matplotlib
 import numpy as np
 
@@ -21,7 +17,6 @@ from matplotlib import pyplot as plt
 REPORT_FILE = "report.json"
 FIGURE_FILE = "report.png"
 Z_95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
-PACKAGES = ("videonsa-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "av", "tokenizers")
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
@@ -66,36 +61,6 @@ def accuracies(right: Mapping[int, bool], records: Sequence[Any]) -> dict[str, A
         return _accuracy([right[i] for i in sample_ids], [1 / len(records[i].options) for i in sample_ids])
 
     return {"overall": of(list(right)), "families": {family: of(groups[family]) for family in sorted(groups)}}
-
-
-def environment() -> dict[str, Any]:
-    """Versions and devices, for the report."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # a checkout that is run without being installed
-            versions[package] = "not installed"
-    devices = jax.local_devices()
-    return {
-        "versions": {"python": platform.python_version(), **versions},
-        "device": {
-            "platform": devices[0].platform,
-            "kind": devices[0].device_kind,
-            "count": jax.device_count(),
-            "processes": jax.process_count(),
-            "host": platform.platform(),
-            "cpu_count": os.cpu_count(),
-            "peak_bytes": (devices[0].memory_stats() or {}).get("peak_bytes_in_use"),
-        },
-        "command": _command(),
-    }
-
-
-def _command() -> list[str]:
-    """What was typed, without the place of this checkout."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return ["python", "-m", spec.name, *sys.argv[1:]] if spec else ["python", Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 def write_report(workdir: Path, report: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> None:

@@ -1,0 +1,112 @@
+"""Times configurations of the Hopper kernels of selected attention and writes the fastest into the repository.
+
+    python -m benchmarks.tune_gpu --lengths 8192 16384 32768 65536 131072 --json=OUT.json
+
+Shapes and drawn blocks as in benchmarks/selected_gpu.py, rho 0.8. Every configuration's output is compared with the
+first one's (the same sums in another order) before it may win. `pallas_kernels/gpu_table.json` keeps the fastest of
+each kernel and length, with all times beside it; entries of other kernels and lengths stay.
+"""
+
+import argparse
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.selected_gpu import BLOCK, HEADS, SIZE, draw_choice, draw_tensors, median_ms, relative_error, watch
+from pallas_kernels import gpu_table
+from pallas_kernels.selected_attention import gpu_config, mosaic_gpu, mosaic_gpu_backward
+from pallas_kernels.selected_attention.gpu_lists import block_lists, tile_lists, visible_choice
+
+RHO = 0.8
+FORWARD = (
+    {"stages": 4, "consumers": 3, "q_registers": 64},
+    {"stages": 4, "consumers": 3, "q_registers": 0},
+    {"stages": 5, "consumers": 3, "q_registers": 64},
+    {"stages": 4, "consumers": 2, "q_registers": 128},
+)
+DQ = ({"stages": 4, "consumers": 2}, {"stages": 3, "consumers": 2})
+DKDV = ({"stages": 4, "pieces": 16}, {"stages": 4, "pieces": 32}, {"stages": 4, "pieces": 8})
+AGREE = 1e-2
+"""Relative norm up to which two configurations agree: bfloat16 rounds probabilities at other running maxima."""
+
+
+def kernels(queries: int) -> Iterator[tuple[str, dict[str, int], Callable[..., Any], tuple[Any, ...]]]:
+    """Every (kernel, fields, compiled function, arguments) to time at one length."""
+    q, k, v, do = draw_tensors(queries, 0)
+    zero, length = jnp.int32(0), jnp.array([queries], jnp.int32)
+    chosen = jax.jit(lambda i: visible_choice(i, length, zero, queries, BLOCK))(draw_choice(queries, RHO, 0))
+
+    @functools.cache
+    def listed(tokens: int) -> Any:
+        return jax.jit(lambda x: tile_lists(x, length, zero, queries, BLOCK, tokens))(chosen)
+
+    for fields in FORWARD:
+        config = gpu_config.TileConfig(**fields)
+        fn = jax.jit(functools.partial(mosaic_gpu.forward, config, None))
+        yield "selected_forward", fields, fn, (q, k, v, listed(config.tokens))
+    o, lse = fn(q, k, v, listed(config.tokens))
+    terms = jax.jit(mosaic_gpu_backward.row_terms)(o, lse, do, jnp.zeros_like(lse))
+    for fields in DQ:
+        config = gpu_config.TileConfig(**fields)
+        fn = jax.jit(functools.partial(mosaic_gpu_backward.query_gradient, config, None))
+        yield "selected_dq", fields, fn, (q, k, v, do, *terms, listed(config.tokens))
+    for fields in DKDV:
+        part = max(1024, queries // fields["pieces"])
+        config = gpu_config.BlockConfig(fields["stages"], part)
+        lists = jax.jit(lambda x, part=part: block_lists(x, zero, queries, BLOCK, part))(chosen)
+        fn = jax.jit(functools.partial(mosaic_gpu_backward.key_gradients, config, None))
+        yield "selected_dkdv", fields, fn, (q, k, v, do, *terms, lists)
+
+
+def tune(queries: int) -> list[dict[str, Any]]:
+    """The table's entries for one length; a configuration that fails is printed and cannot win."""
+    entries: dict[str, dict[str, Any]] = {}
+    first: dict[str, Any] = {}
+    for kernel, fields, fn, arguments in kernels(queries):
+        entry = entries.setdefault(
+            kernel, {"kernel": kernel, "head_dim": SIZE, "queries": queries, "fields": None, "times": []}
+        )
+        out = jax.tree.leaves(fn(*arguments))
+        error = max(relative_error(a, b) for a, b in zip(out, first.setdefault(kernel, out), strict=True))
+        if not error <= AGREE:
+            print(f"{queries:7} {kernel} {fields}: differs by {error}", flush=True)
+            continue
+        ms = median_ms(fn, [arguments])["median_ms"]
+        entry["times"].append({"fields": fields, "median_ms": round(ms, 4)})
+        entry["fields"] = min(entry["times"], key=lambda seen: seen["median_ms"])["fields"]
+        print(f"{queries:7} {kernel} {fields}: {ms:.3f} ms", flush=True)
+    return [entry for entry in entries.values() if entry["fields"]]
+
+
+def main() -> None:
+    """Tunes each length and writes the table after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=(8192, 16384, 32768, 65536, 131072))
+    parser.add_argument("--json", default=os.fspath(gpu_table.FILE), help="table to write; default: the repository's")
+    args = parser.parse_args()
+    watch(60)
+    about = {
+        "command": "python -m benchmarks.tune_gpu --lengths " + " ".join(map(str, args.lengths)),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "shape": {"B": 1, "N": HEADS, "D": SIZE, "rho": RHO},
+    }
+    entries = json.loads(gpu_table.FILE.read_text())["entries"]
+    for queries in args.lengths:
+        new = tune(queries)
+        same = {(entry["kernel"], entry["head_dim"], entry["queries"]) for entry in new}
+        kept = [entry for entry in entries if (entry["kernel"], entry["head_dim"], entry["queries"]) not in same]
+        entries = kept + new
+        partial = args.json + ".tmp"
+        with open(partial, "w") as file:
+            file.write(json.dumps(about | {"entries": entries}, indent=1) + "\n")
+        os.replace(partial, args.json)
+
+
+if __name__ == "__main__":
+    main()
