@@ -8,6 +8,9 @@ from pallas_kernels.gpu import TILE_ROWS, WARPS
 COLUMNS = 128
 """Scores per row come in whole tiles of so many, the widest that the importance kernel has."""
 
+CONSUMERS = 2
+"""Warpgroups of the importance kernel that compute; a third one fetches."""
+
 LANES = 32
 """Threads of a warp: the blocks of one word, and one thread's share of a row."""
 
@@ -23,8 +26,6 @@ class Config:
     Attributes:
       stages: tiles of block means in flight.
       columns: block means per tile; 64 or 128.
-      consumers: warpgroups that compute importances; 2 or 3.
-      ahead: whether a warpgroup starts the next head's product before it takes the exponents of this one.
       row_values: scores that a thread of the choosing kernel keeps in registers.
       variants: lengths of rows that the choosing kernel is compiled for: a query's row is as long as its past.
       score_bytes: most device memory for the scores of one chunk of queries.
@@ -32,17 +33,13 @@ class Config:
 
     stages: int
     columns: int = COLUMNS
-    consumers: int = 2
-    ahead: bool = True
     row_values: int = 40
     variants: int = 4
     score_bytes: int = 1 << 29
 
     def __post_init__(self):
-        if self.stages < 2 or self.columns not in (64, COLUMNS) or self.consumers not in (2, 3):
-            raise ValueError(
-                f"{self} is no configuration, expected stages of at least 2, columns 64 or 128 and 2 or 3 consumers"
-            )
+        if self.stages < 2 or self.columns not in (64, COLUMNS):
+            raise ValueError(f"{self} is no configuration, expected stages of at least 2 and columns 64 or 128")
 
     def shared_memory(self, group: int, head_dim: int) -> int:
         """Bytes of shared memory of the importance kernel, less the barriers."""

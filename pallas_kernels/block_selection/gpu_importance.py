@@ -10,10 +10,8 @@ from jax import lax
 from jaxtyping import Float, Float32, Int32
 
 from pallas_kernels import gpu
-from pallas_kernels.block_selection.gpu_config import Config
+from pallas_kernels.block_selection.gpu_config import CONSUMERS, Config
 from pallas_kernels.gpu import ROW_LAYOUT, TILE_ROWS
-
-_REGISTERS = {2: (232, 40), 3: (160, 32)}
 
 
 def importance(
@@ -33,7 +31,7 @@ def importance(
     means, a tile at a time, up to its tokens' last candidate. Its warpgroups take turns at the tiles.
 
     Args:
-      config: stages and warpgroups.
+      config: tiles of block means.
       interpret: parameters of Pallas's GPU interpreter; None compiles.
       q: queries.
       k_blocks: mean keys of the blocks.
@@ -49,7 +47,7 @@ def importance(
     batch, _, heads, group, size = q.shape
     width = config.columns
     key_tiles = -(-k_blocks.shape[1] // width)
-    consumers, stages = config.consumers, config.stages
+    stages = config.stages
     scale = size**-0.5 * gpu.LOG2_E
 
     def body(q_ref, k_ref, lse_ref, last_ref, start_ref, scores_ref, q_smem, k_smem, q_ready, loaded, consumed):
@@ -60,9 +58,9 @@ def importance(
         tokens = pl.ds(pl.multiple_of(index * TILE_ROWS, TILE_ROWS), TILE_ROWS)
         count = jnp.minimum(lax.div(last_ref[b, index] + width, width), key_tiles)
 
-        @pl.when((warpgroup < consumers) & (count > 0))
+        @pl.when((warpgroup < CONSUMERS) & (count > 0))
         def _():
-            plgpu.set_max_registers(_REGISTERS[consumers][0], action="increase")
+            plgpu.set_max_registers(232, action="increase")
             shifts = [plgpu.load(lse_ref.at[b, n, g, tokens], layout=ROW_LAYOUT, optimized=False) for g in range(group)]
             plgpu.barrier_wait(q_ready)
 
@@ -70,20 +68,12 @@ def importance(
             @pl.loop(0, count)
             def _(j):
                 slot = lax.rem(j, stages)
-                turn = lax.rem(j, consumers)
+                turn = lax.rem(j, CONSUMERS)
                 plgpu.barrier_wait(loaded.at[slot])
 
                 @pl.when(turn == warpgroup)
                 def _():
-                    if config.ahead:
-                        total = _sum_ahead(q_smem, k_smem.at[slot], shifts, scale, consumed.at[slot])
-                    else:
-                        total = plgpu.layout_cast(jnp.zeros((TILE_ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
-                        for g, shift in enumerate(shifts):
-                            s = gpu.product(q_smem.at[g], k_smem.at[slot].transpose((1, 0)), width)
-                            if g == group - 1:
-                                plgpu.barrier_arrive(consumed.at[slot])
-                            total += jnp.exp2(s * scale - lax.broadcast_in_dim(shift, s.shape, [0]))
+                    total = _sum_over_heads(q_smem, k_smem.at[slot], shifts, scale, consumed.at[slot])
                     place = (pl.ds(tile * TILE_ROWS, TILE_ROWS), pl.ds(pl.multiple_of(j * width, width), width))
                     scores_ref.at[row][place] = total
 
@@ -91,9 +81,9 @@ def importance(
                 def _():
                     plgpu.barrier_arrive(consumed.at[slot])
 
-        @pl.when((warpgroup == consumers) & (count > 0))
+        @pl.when((warpgroup == CONSUMERS) & (count > 0))
         def _():
-            plgpu.set_max_registers(_REGISTERS[consumers][1], action="decrease")
+            plgpu.set_max_registers(40, action="decrease")
             for g in range(group):
                 plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, n, g], q_smem.at[g], q_ready)
 
@@ -120,18 +110,20 @@ def importance(
             gpu.tile_memory((stages, width, size), q.dtype),
             plgpu.Barrier(num_arrivals=group),
             plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
         ),
         grid=(batch * heads, queries // TILE_ROWS),
         grid_names=("row", "tile"),
-        num_threads=consumers + 1,
+        num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )(q, k_blocks, lse, last, start)
 
 
-def _sum_ahead(q_smem: gpu.Ref, k_tile: gpu.Ref, shifts: list[jax.Array], scale: float, consumed: gpu.Ref) -> jax.Array:
+def _sum_over_heads(
+    q_smem: gpu.Ref, k_tile: gpu.Ref, shifts: list[jax.Array], scale: float, consumed: gpu.Ref
+) -> jax.Array:
     """Sums exp2(Q_g K^T scale - shift_g) over the heads; head g + 1 multiplies while head g takes its exponents."""
     accumulator = plgpu.ACC((TILE_ROWS, k_tile.shape[0]), jnp.float32)
 

@@ -10,6 +10,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 from pallas_kernels import gpu, selected_attention
+from pallas_kernels.block_words import words_of
 from pallas_kernels.common import EMPTY_LSE
 from pallas_kernels.selected_attention import gpu_config, gpu_lists, mosaic_gpu, reference
 from pallas_kernels.specs import SPECS
@@ -200,6 +201,19 @@ def test_blocks_of_a_tile_ascend_and_carry_the_masks():
     np.testing.assert_array_equal(second, [0, 1 << 1, 1, 0b1111, 0, 0])
     # Counts, blocks seen whole, first absolute query, last query below the length.
     np.testing.assert_array_equal(lists.tiles[0], [[2, 1, 70, 19], [2, 1, 86, 19]])
+
+
+@pytest.mark.parametrize("tokens", [16, 24])
+def test_lists_from_words_are_those_from_indices(tokens):
+    batch, queries, heads, places, offset, keys = 2, 53, 2, 3, 2100, 2150
+    index = draw_choice(batch, queries, heads, places, offset, keys, 5)
+    length = jnp.array([2150, 2120])
+    chosen = gpu_lists.visible_choice(jnp.asarray(index), length, offset, keys, BLOCK)
+    words = jnp.swapaxes(words_of(chosen, -(-keys // BLOCK)), 1, 2)
+    expected = gpu_lists.tile_lists(chosen, length, offset, keys, BLOCK, tokens)
+    actual = gpu_lists.tile_lists_from_words(words, places, length, offset, keys, BLOCK, tokens)
+    np.testing.assert_array_equal(actual.entries, expected.entries)
+    np.testing.assert_array_equal(actual.tiles, expected.tiles)
 
 
 @pytest.mark.parametrize("one_sort", [True, False])
