@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks.selected_gpu import attempt, median_ms, poison, relative_error, watch
 from pallas_kernels import gpu_flash, gpu_flash_backward, gpu_flash_config, gpu_flash_plan
@@ -62,9 +63,9 @@ class Case:
         return gpu_flash.Visible(self.end(jnp.arange(self.queries))[None].astype(jnp.int32))
 
     def pairs(self) -> int:
-        """Visible pairs of query and key."""
-        end = self.visible.end
-        return int((end if self.window is None else jnp.minimum(end, self.window)).astype(jnp.int32).sum())
+        """Visible pairs of query and key: more than 32 bits hold."""
+        end = np.asarray(self.visible.end, np.int64)
+        return int((end if self.window is None else np.minimum(end, self.window)).sum())
 
     def floors(self) -> dict[str, float]:
         """Milliseconds at the matrix units' rate (2, 3 and 4 products) or the memory's, whichever is longer."""
@@ -287,13 +288,8 @@ def pieces(case: Case, config: Config, inputs: list[tuple[jax.Array, ...]]) -> d
     def dkdv(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, terms: jax.Array) -> Any:
         return gpu_flash_backward.key_gradients(config.dkdv, *shared, (q,), (k,), (v,), (do,), terms, ends, key_items)
 
-    def terms(o: jax.Array, lse: jax.Array, do: jax.Array) -> Any:
-        delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)
-        return gpu_flash_backward.row_terms(tiles, lse, delta)
-
     # Of constants: times do not depend on what the rows subtract.
     flat = [(*x, jnp.zeros((tiles.rows, tiles.count, 2, 64), jnp.float32)) for x in inputs]
-    del terms
     return {
         "forward": (jax.jit(forward), inputs),
         "dq": (jax.jit(dq), flat),

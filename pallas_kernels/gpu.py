@@ -30,6 +30,11 @@ WARPS = 4
 """Warps of a warpgroup."""
 
 Ref = Any
+Held = dict[tuple[int, int], jax.Array | Ref]
+"""Columns (first, number) of a left operand: where they are read from."""
+
+Parts = list[tuple[jax.Array | Ref, Ref]]
+"""Left and right operands of products that are summed; the left ones in registers or shared memory."""
 
 
 def on_hopper(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,7 +88,7 @@ def product(left: jax.Array | Ref, right: Ref, columns: int, interpret: Any = No
     return sum_of_products([(left, right)], columns, interpret)
 
 
-def sum_of_products(parts: list[tuple[jax.Array | Ref, Ref]], columns: int, interpret: Any = None) -> jax.Array:
+def sum_of_products(parts: Parts, columns: int, interpret: Any = None) -> jax.Array:
     """The sum of left @ right over the parts, as `product`."""
     if interpret is not None and any(isinstance(left, jax.Array) for left, _ in parts):
         return sum(_interpreted_product(left[...], right) for left, right in parts)
@@ -115,11 +120,37 @@ def _interpreted_product(left: jax.Array, right: Ref) -> jax.Array:
     return product
 
 
-def first_product(acc_ref: Ref, interpret: Any) -> jax.Array:
-    """The older one of two products in flight: waits for it and not for the other."""
-    if interpret is None:
-        return plgpu.wgmma_accumulator_load(acc_ref, wait_n=1)
-    return acc_ref[...]
+def products_in_flight(
+    first: Parts, second: Parts, columns: int, use: Callable[[jax.Array, Callable[[], jax.Array]], Any], interpret: Any
+) -> Any:
+    """Two of `sum_of_products`; `use(first value, function that waits for the second)` runs meanwhile."""
+    if interpret is not None:
+        return use(sum_of_products(first, columns, interpret), lambda: sum_of_products(second, columns, interpret))
+
+    def multiply(first_ref: Ref, second_ref: Ref) -> Any:
+        for acc_ref, parts in ((first_ref, first), (second_ref, second)):
+            for left, right in parts:
+                plgpu.wgmma(acc_ref, left, right)
+        return use(plgpu.wgmma_accumulator_load(first_ref, wait_n=len(second)), lambda: second_ref[...])
+
+    acc = plgpu.ACC((TILE_ROWS, columns), jnp.float32)
+    return pl.run_scoped(multiply, acc, acc)
+
+
+def hold(tile: Ref, held: int) -> Held:
+    """A left operand: its first `held` columns in registers from now on, the rest read from shared memory each time."""
+    lefts: Held = {}
+    if held:
+        lefts[0, held] = plgpu.load(tile.at[:, pl.ds(0, held)], layout=plgpu.Layout.WGMMA)
+    if held < tile.shape[1]:
+        rest = tile.shape[1] - held
+        lefts[held, rest] = tile.at[:, pl.ds(held, rest)]
+    return lefts
+
+
+def times_transpose(left: Held, right: Ref) -> Parts:
+    """The parts of left @ right.T."""
+    return [(part, right.at[:, pl.ds(*columns)].transpose((1, 0))) for columns, part in left.items()]
 
 
 def add_two_products(

@@ -131,8 +131,8 @@ def heuristic(
     return Config(
         tokens=tokens,
         forward=QueryConfig(2 * KEY_ROWS, 2 * double, consumers, parts, buffers=2 if parts == 1 else 1),
-        dq=QueryConfig(KEY_ROWS, 3 * double, consumers, parts),
-        dkdv=KeyConfig(3 * double, key_parts),
+        dq=QueryConfig(KEY_ROWS, (2 if window is None else 4) * double, consumers, parts),
+        dkdv=KeyConfig(2 * double, key_parts),
     )
 
 

@@ -24,7 +24,7 @@ class TileConfig:
     Attributes:
       stages: blocks of K and V in flight.
       consumers: warpgroups that compute, 8 tokens each; one more fetches.
-      q_registers: columns of the queries that the matrix units read from registers, not shared memory (forward alone).
+      q_registers: columns of the queries (and of dO) that the matrix units read from registers, not shared memory.
     """
 
     stages: int
@@ -99,6 +99,6 @@ def heuristic(queries: int, rows: int, head_dim: int) -> Config:
     part = max(1024, -(-queries // (pieces * TOKENS)) * TOKENS)
     return Config(
         forward=TileConfig(**fields("forward", stages=4 if wide else 8, consumers=3, q_registers=64 if wide else 0)),
-        dq=TileConfig(**fields("dq", stages=4 if wide else 8)),
+        dq=TileConfig(**fields("dq", stages=4 if wide else 8, q_registers=64 if wide else 0)),
         dkdv=BlockConfig(part=part, **dkdv),
     )

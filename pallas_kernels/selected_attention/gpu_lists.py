@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Int
 
+from pallas_kernels.block_words import WORD
 from pallas_kernels.common import Scalar, block_total, query_indices
 
 SORT_KEYS = 2**32 - 1
@@ -111,9 +112,61 @@ def tile_lists(
         1 << (token % tokens), mode="drop"
     )
 
+    return _lists_of(table, length, q_offset, queries, min(tokens * places, blocks), block_size, tokens)
+
+
+def tile_lists_from_words(
+    words: Int[jax.Array, "B T N W"],
+    places: int,
+    length: Int[jax.Array, "B"],
+    q_offset: Scalar,
+    keys: int,
+    block_size: int,
+    tokens: int,
+) -> TileLists:
+    """`tile_lists` of blocks that are chosen as bit words: elementwise where that scatters.
+
+    Args:
+      words: of blocks that each query sees, as `block_selection.mosaic_gpu.block_words` returns them for the same
+        lengths; see `pallas_kernels.block_words`.
+      places: the most blocks of one query (n).
+      length: see `tile_lists`.
+      q_offset: see there.
+      keys: see there.
+      block_size: see there.
+      tokens: see there.
+
+    Returns:
+      The lists.
+    """
+    batch, queries, heads, total = words.shape
+    blocks = block_total(keys, block_size)
+    tiles = -(-queries // tokens)
+    words = jnp.pad(words, [(0, 0), (0, tiles * tokens - queries), (0, 0), (0, 0)])
+    words = words.reshape(batch, tiles, tokens, heads, total)
+    bit = jnp.arange(WORD, dtype=jnp.int32)
+    table = jnp.zeros((batch, tiles, heads, total, WORD), jnp.int32)
+    for i in range(tokens):
+        table = table | (((words[:, :, i, :, :, None] >> bit) & 1) << i)
+    table = jnp.swapaxes(table, 1, 2).reshape(batch * heads, tiles, total * WORD)
+    table = jnp.pad(table[..., :blocks], [(0, 0), (0, 0), (0, max(0, blocks - total * WORD))])
+    return _lists_of(table, length, q_offset, queries, min(tokens * places, blocks), block_size, tokens)
+
+
+def _lists_of(
+    table: Int[jax.Array, "R C M"],
+    length: Int[jax.Array, "B"],
+    q_offset: Scalar,
+    queries: int,
+    capacity: int,
+    block_size: int,
+    tokens: int,
+) -> TileLists:
+    """The lists of a table that holds, for each tile and block, a bit per token that chose it."""
+    rows, tiles, blocks = table.shape
+    heads = rows // length.shape[0]
     listed = table != 0
     count, place = _places(listed)
-    capacity = min(tokens * places, blocks)
     width = min(256, -(-2 * capacity // 32) * 32)
     capacity = -(-2 * capacity // width) * width // 2
     block = jnp.arange(blocks, dtype=jnp.int32)

@@ -228,12 +228,7 @@ def forward(
             tiling.fetch_tokens(q_ref, q_tile, q_ready.at[warpgroup], b, n, first, last)
             plgpu.barrier_wait(list_ready)
             plgpu.barrier_wait(q_ready.at[warpgroup])
-            held = config.q_registers
-            lefts = {}
-            if held:
-                lefts[0, held] = plgpu.load(q_tile.at[:, pl.ds(0, held)], layout=plgpu.Layout.WGMMA)
-            if held < size:
-                lefts[held, size - held] = q_tile.at[:, pl.ds(held, size - held)]
+            left = gpu.hold(q_tile, config.q_registers)
 
             def soften(i, s, top, causal):
                 if causal:
@@ -254,8 +249,7 @@ def forward(
                 def attend(carry):
                     acc, top, total = carry
                     keys = k_smem.at[lax.rem(i, stages)]
-                    parts = [(left, keys.at[:, pl.ds(*columns)].transpose((1, 0))) for columns, left in lefts.items()]
-                    s = gpu.sum_of_products(parts, BLOCK, interpret)
+                    s = gpu.sum_of_products(gpu.times_transpose(left, keys), BLOCK, interpret)
                     p, top, rescale = soften(i, s, top, causal)
                     total = total * rescale + p.sum(axis=1)
                     return accumulate(i, acc, p, rescale), top, total

@@ -104,6 +104,7 @@ def query_gradient(
             plgpu.barrier_wait(ready)
             own_shift = plgpu.load(shift_smem.at[warpgroup], layout=ROW_LAYOUT)
             own_delta = plgpu.load(delta_smem.at[warpgroup], layout=ROW_LAYOUT)
+            q_left, do_left = (gpu.hold(x, config.q_registers) for x in (q_tile, do_tile))
 
             def step(i, dq, causal):
                 slot = lax.rem(i, stages)
@@ -111,18 +112,18 @@ def query_gradient(
                 plgpu.barrier_wait(loaded.at[slot])
 
                 def attend(dq):
-                    def overlap(s_ref, dp_ref):
-                        plgpu.wgmma(s_ref, q_tile, k_smem.at[slot].transpose((1, 0)))
-                        plgpu.wgmma(dp_ref, do_tile, v_smem.at[slot].transpose((1, 0)))
-                        s = gpu.first_product(s_ref, interpret)
+                    def logits_gradient(s, dp):
                         if causal:
                             s = jnp.where(tiling.causal_mask(entries.block(i), start + offset), s, -HIDDEN)
                         row_shift = jnp.where(tiling.chosen_rows(mask), own_shift, HIDDEN)
                         p = jnp.exp2(s * scale - lax.broadcast_in_dim(row_shift, s.shape, [0]))
-                        return p * (dp_ref[...] - lax.broadcast_in_dim(own_delta, s.shape, [0]))
+                        return p * (dp() - lax.broadcast_in_dim(own_delta, s.shape, [0]))
 
-                    acc = plgpu.ACC((TOKENS * ROWS, BLOCK), jnp.float32)
-                    ds = pl.run_scoped(overlap, acc, acc)
+                    parts = (
+                        gpu.times_transpose(q_left, k_smem.at[slot]),
+                        gpu.times_transpose(do_left, v_smem.at[slot]),
+                    )
+                    ds = gpu.products_in_flight(*parts, BLOCK, logits_gradient, interpret)
                     return gpu.add_product(dq, ds.astype(k_ref.dtype), k_smem.at[slot], interpret)
 
                 dq = lax.cond(mask != 0, attend, lambda dq: dq, dq)

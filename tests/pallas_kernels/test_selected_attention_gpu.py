@@ -1,6 +1,5 @@
 """The Hopper kernels of selected attention: interpreted on the CPU against the reference, and lowered without a GPU."""
 
-import dataclasses
 import functools
 
 import jax
@@ -11,6 +10,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 from pallas_kernels import gpu, selected_attention
+from pallas_kernels.block_words import words_of
 from pallas_kernels.common import EMPTY_LSE
 from pallas_kernels.selected_attention import gpu_config, gpu_lists, mosaic_gpu, reference
 from pallas_kernels.specs import SPECS
@@ -18,11 +18,9 @@ from pallas_kernels.specs import SPECS
 BLOCK = 64
 
 
-def small_config(consumers=2, part=8, q_registers=0):
-    tiles = gpu_config.TileConfig(stages=2, consumers=consumers)
-    return gpu_config.Config(
-        forward=dataclasses.replace(tiles, q_registers=q_registers), dq=tiles, dkdv=gpu_config.BlockConfig(2, part)
-    )
+def small_config(consumers=2, part=8, registers=0):
+    tiles = gpu_config.TileConfig(2, consumers, registers)
+    return gpu_config.Config(forward=tiles, dq=tiles, dkdv=gpu_config.BlockConfig(2, part))
 
 
 def draw(shape, seed, dtype, end=None):
@@ -113,7 +111,7 @@ def test_no_races():
         keys=90,
         places=2,
         q_offset=70,
-        config=small_config(q_registers=64),
+        config=small_config(registers=64),
         races=True,
     )
 
@@ -170,7 +168,9 @@ def test_other_configurations_lower_for_hopper(tiles):
     spec = next(spec for spec in SPECS if spec.name.startswith("7B, 128K"))
     stages, consumers, q_registers = tiles
     tile = gpu_config.TileConfig(stages, consumers, q_registers)
-    config = gpu_config.Config(tile, dataclasses.replace(tile, stages=3), gpu_config.BlockConfig(4, 4096))
+    held = min(q_registers, 64)
+    dq = gpu_config.TileConfig(3, consumers, held)
+    config = gpu_config.Config(tile, dq, gpu_config.BlockConfig(4, 4096))
     assert lowered(spec, config).count("mosaic_gpu") >= 3
 
 
@@ -201,6 +201,19 @@ def test_blocks_of_a_tile_ascend_and_carry_the_masks():
     np.testing.assert_array_equal(second, [0, 1 << 1, 1, 0b1111, 0, 0])
     # Counts, blocks seen whole, first absolute query, last query below the length.
     np.testing.assert_array_equal(lists.tiles[0], [[2, 1, 70, 19], [2, 1, 86, 19]])
+
+
+@pytest.mark.parametrize("tokens", [16, 24])
+def test_lists_from_words_are_those_from_indices(tokens):
+    batch, queries, heads, places, offset, keys = 2, 53, 2, 3, 2100, 2150
+    index = draw_choice(batch, queries, heads, places, offset, keys, 5)
+    length = jnp.array([2150, 2120])
+    chosen = gpu_lists.visible_choice(jnp.asarray(index), length, offset, keys, BLOCK)
+    words = jnp.swapaxes(words_of(chosen, -(-keys // BLOCK)), 1, 2)
+    expected = gpu_lists.tile_lists(chosen, length, offset, keys, BLOCK, tokens)
+    actual = gpu_lists.tile_lists_from_words(words, places, length, offset, keys, BLOCK, tokens)
+    np.testing.assert_array_equal(actual.entries, expected.entries)
+    np.testing.assert_array_equal(actual.tiles, expected.tiles)
 
 
 @pytest.mark.parametrize("one_sort", [True, False])
