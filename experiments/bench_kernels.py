@@ -237,6 +237,10 @@ def run(options: argparse.Namespace, save: Callable[[list[dict[str, Any]]], None
         for name in options.ops:
             known = OPERATIONS[name].implementations
             asked = [implementation for implementation in options.implementations if implementation in known]
+            if time.monotonic() - began > options.budget:
+                records.append({"operation": name, "length": length, "skipped": f"{options.budget:g} s were over"})
+                print(f"{length:7} {name}: skipped, {options.budget:g} s were over", flush=True)
+                continue
             for case in _drawn_in_turn(cases(name, length, options), options.share) if asked else ():
                 for implementation in asked:
                     for gradient in (p == "fwdbwd" for p in options.passes):
@@ -251,10 +255,7 @@ def run(options: argparse.Namespace, save: Callable[[list[dict[str, Any]]], None
                             "spec": dataclasses.asdict(case.spec),
                         }
                         records.append(record)
-                        if time.monotonic() - began > options.budget:
-                            record["skipped"] = f"{options.budget:g} s were over"
-                        else:
-                            record |= _attempt(functools.partial(measure, case, implementation, gradient, options))
+                        record |= _attempt(functools.partial(measure, case, implementation, gradient, options))
                         print(line(record), flush=True)
                         save(records)
     return records
@@ -364,7 +365,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tensors", type=Path, metavar="NPZ", help="of experiments.measure_selection")
     parser.add_argument("--inputs", type=int, default=2, metavar="N", help="sets of arrays per case; default 2")
     parser.add_argument("--samples", type=int, default=5, metavar="N", help="samples per median; default 5")
-    parser.add_argument("--budget", type=float, default=float("inf"), metavar="S", help="seconds; the rest is skipped")
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), metavar="S", help="seconds after which no operation is begun"
+    )
     parser.add_argument(
         "--share",
         type=Path,
