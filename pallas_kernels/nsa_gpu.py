@@ -12,16 +12,17 @@ of do and knows nothing of gates.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Float32, Int, Shaped
+from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 
 from pallas_kernels import gpu_flash, gpu_flash_config, gpu_flash_plan
 from pallas_kernels.block_selection import mosaic_gpu as block_selection
 from pallas_kernels.block_selection.choice import replaced_choice
+from pallas_kernels.block_words import indices_of
 from pallas_kernels.common import EMPTY_LSE, Scalar, query_indices, zero_where
 from pallas_kernels.compressed_attention import mosaic_gpu as compressed_attention
 from pallas_kernels.selected_attention import gpu_config as selected_config
@@ -50,8 +51,9 @@ class Branch:
     """How one branch attends.
 
     Attributes:
-      prepare: (settings, q, k, block_indices, length, q_offset) -> what the forward and the backward kernels read
-        beside q, k and v. Keys past the length are finite, queries past it need not be.
+      prepare: (settings, q, k, choice, length, q_offset) -> what the forward and the backward kernels read beside q, k
+        and v. The choice is what `Operations.choose` returned, or block indices. Keys past the length are finite,
+        queries past it need not be.
       forward: (settings, q, k, v, prepared) -> output in q's dtype, log-sum-exp in float32.
       backward: (settings, q, k, v, do, lse, delta, prepared) -> dq, dk, dv, for probabilities exp(logits - lse) and
         ds = p (do v^T - delta). What do holds past a row's length does not matter.
@@ -70,13 +72,23 @@ class Operations:
       compressed: on block means.
       selected: on the chosen blocks.
       window: on the last keys.
-      choose: (settings, q, k_blocks, lse, length, q_offset) -> block indices; see `block_selection.api`.
+      choose: (settings, q, k_blocks, lse, length, q_offset) -> block indices, see `block_selection.api`, or `Words`.
     """
 
     compressed: Branch
     selected: Branch
     window: Branch
-    choose: Callable[..., jax.Array]
+    choose: Callable[..., Any]
+
+
+class Words(NamedTuple):
+    """A choice as bits.
+
+    Attributes:
+      words: [B, T, N, W] int32; see `pallas_kernels.block_words`. Only of blocks that the query sees.
+    """
+
+    words: Int32[jax.Array, "B T N W"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +133,7 @@ class Settings:
 
 
 def _prepare_compressed(
-    settings: Settings, q: jax.Array, k: jax.Array, block_indices: Any, length: jax.Array, q_offset: jax.Array
+    settings: Settings, q: jax.Array, k: jax.Array, choice: Any, length: jax.Array, q_offset: jax.Array
 ) -> tuple[gpu_flash.Visible, gpu_flash.Visible]:
     lengths = length if settings.ragged else None
     visible = compressed_attention.visible_blocks(*q.shape[:2], k.shape[1], settings.block_size, q_offset, lengths)
@@ -129,7 +141,7 @@ def _prepare_compressed(
 
 
 def _prepare_window(
-    settings: Settings, q: jax.Array, k: jax.Array, block_indices: Any, length: jax.Array, q_offset: jax.Array
+    settings: Settings, q: jax.Array, k: jax.Array, choice: Any, length: jax.Array, q_offset: jax.Array
 ) -> tuple[gpu_flash.Visible, gpu_flash.Visible]:
     visible = window_attention.visible_window(*q.shape[:2], k.shape[1], q_offset, length)
     query_length = visible.query_length if settings.ragged else None
@@ -174,15 +186,20 @@ def _prepare_selected(
     settings: Settings,
     q: jax.Array,
     k: jax.Array,
-    block_indices: jax.Array,
+    choice: Words | jax.Array,
     length: jax.Array,
     q_offset: jax.Array,
 ) -> tuple[Any, Any]:
     selected_attention.check_covered(q, k, settings.block_size)
-    chosen = selected_lists.visible_choice(block_indices, length, q_offset, k.shape[1], settings.block_size)
-    lists = selected_attention.work_lists(_selected_config(q), chosen, length, q_offset, k.shape[1])
-    chosen, (forward, dq) = jax.tree.map(lambda x: checkpoint_name(x, "nsa_choice"), (chosen, lists))
-    return forward, (chosen, q_offset, dq)
+    place = (length, q_offset, k.shape[1], settings.block_size)
+    if isinstance(choice, Words):
+        build = functools.partial(selected_lists.tile_lists_from_words, choice.words, settings.block_count, *place)
+    else:
+        choice = selected_lists.visible_choice(choice, *place)
+        build = functools.partial(selected_lists.tile_lists, choice, *place)
+    lists = selected_attention.work_lists(_selected_config(q), build)
+    choice, (forward, dq) = jax.tree.map(lambda x: checkpoint_name(x, "nsa_choice"), (choice, lists))
+    return forward, (choice, q_offset, dq)
 
 
 def _selected_forward(
@@ -201,7 +218,9 @@ def _selected_backward(
     delta: jax.Array,
     prepared: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    chosen, q_offset, lists = prepared
+    choice, q_offset, lists = prepared
+    own = isinstance(choice, Words)
+    chosen = jnp.swapaxes(indices_of(choice.words, settings.block_count), 1, 2) if own else choice
     config = _selected_config(q)
     return selected_attention.backward_from(
         config, settings.interpret, q, k, v, do, lse, delta, chosen, q_offset, lists
@@ -214,15 +233,17 @@ def _selected_config(q: jax.Array) -> selected_config.Config:
 
 def _choose(
     settings: Settings, q: jax.Array, k_blocks: jax.Array, lse: jax.Array, length: jax.Array, q_offset: jax.Array
-) -> jax.Array:
-    return block_selection.block_selection(
-        q,
-        k_blocks,
-        lse,
-        **settings.choice,
-        q_offset=q_offset,
-        lengths=length if settings.ragged else None,
-        interpret=settings.interpret,
+) -> Words:
+    return Words(
+        block_selection.block_words(
+            q,
+            k_blocks,
+            lse,
+            **settings.choice,
+            q_offset=q_offset,
+            lengths=length if settings.ragged else None,
+            interpret=settings.interpret,
+        )
     )
 
 
@@ -338,18 +359,21 @@ def _attend_forward(
 
     def run(name: str, k: jax.Array, v: jax.Array) -> jax.Array:
         branch = getattr(settings.operations, name)
-        work, prepared[name] = branch.prepare(settings, q, k, block_indices, length, q_offset)
+        work, prepared[name] = branch.prepare(settings, q, k, choice, length, q_offset)
         o, lse = branch.forward(settings, q, k, v, work)
         results[name] = checkpoint_name(o, f"nsa_{name}_output"), checkpoint_name(lse, f"nsa_{name}_lse")
         return results[name][1]
 
+    choice = block_indices
     choose = "selected" in settings.used and (block_indices is None or settings.choose_anyway)
     if choose or "compressed" in settings.used:
         k_blocks, v_blocks = _block_means(settings, k, v)
         lse = run("compressed", k_blocks, v_blocks)
     if choose:
-        own = settings.operations.choose(settings, q, k_blocks, lse, length, q_offset)
-        block_indices = own if block_indices is None else replaced_choice(own, block_indices)
+        choice = settings.operations.choose(settings, q, k_blocks, lse, length, q_offset)
+        if block_indices is not None:
+            own = choice.words if isinstance(choice, Words) else choice
+            choice = replaced_choice(own, block_indices)
     for name in ("selected", "window"):
         if name in settings.used:
             run(name, k, v)

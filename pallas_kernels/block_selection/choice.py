@@ -48,6 +48,8 @@ def choose_blocks(
     return jnp.where(ascending == columns, -1, ascending).astype(jnp.int32)
 
 
-def replaced_choice(own: Int32[jax.Array, "B T N n"], given: Int[jax.Array, "B T N n"]) -> Int32[jax.Array, "B T N n"]:
-    """`given`, in such a way that a compiler cannot leave `own` out: benchmarks time both."""
-    return jnp.where(own < -1, own, given).astype(jnp.int32)
+def replaced_choice(own: Int32[jax.Array, "B T N _"], given: Int[jax.Array, "B T N n"]) -> Int32[jax.Array, "B T N n"]:
+    """`given`, in such a way that a compiler cannot leave `own`, indices or words, out: benchmarks time both."""
+    # No query's choice: no index, and a first word with all blocks but the first belongs to no first query.
+    never = (own == -2).all()
+    return jnp.where(never, -1, given).astype(jnp.int32)

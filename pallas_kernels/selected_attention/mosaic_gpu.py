@@ -6,6 +6,7 @@ A thread block owns 16 neighbouring tokens of one KV head and reads the union of
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -113,7 +114,8 @@ def _attend_forward(
     length: jax.Array,
     q_offset: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
-    forward_lists, dq_lists = work_lists(config, chosen, length, q_offset, k.shape[1])
+    build = functools.partial(tile_lists, chosen, length, q_offset, k.shape[1], BLOCK)
+    forward_lists, dq_lists = work_lists(config, build)
     results = forward(config.forward, interpret, q, k, v, forward_lists)
     o, lse = (checkpoint_name(x, name) for x, name in zip(results, SAVED, strict=True))
     return (o, lse), (q, k, v, chosen, q_offset, dq_lists, o, lse)
@@ -135,18 +137,9 @@ def _attend_backward(
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def work_lists(
-    config: gpu_config.Config,
-    chosen: Int[jax.Array, "B N T n"],
-    length: Int[jax.Array, "B"],
-    q_offset: Scalar,
-    keys: int,
-) -> tuple[TileLists, TileLists]:
-    """The lists of the forward kernel and of dq's, from `gpu_lists.visible_choice`."""
-    lists = {
-        tokens: tile_lists(chosen, length, q_offset, keys, BLOCK, tokens)
-        for tokens in {config.forward.tokens, config.dq.tokens}
-    }
+def work_lists(config: gpu_config.Config, build: Callable[[int], TileLists]) -> tuple[TileLists, TileLists]:
+    """The lists of the forward kernel and of dq's, from a function of the tokens of a tile."""
+    lists = {tokens: build(tokens) for tokens in {config.forward.tokens, config.dq.tokens}}
     return lists[config.forward.tokens], lists[config.dq.tokens]
 
 

@@ -212,20 +212,25 @@ def test_the_composition_is_what_a_hopper_gpu_runs(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lengths", [None, (130,)], ids=["whole", "ragged"])
-def test_the_kernels_together(lengths, monkeypatch):
+@pytest.mark.parametrize(
+    ("lengths", "own"), [(None, False), ((130,), False), ((130,), True)], ids=["whole", "ragged", "own choice"]
+)
+def test_the_kernels_together(lengths, own, monkeypatch):
     """bfloat16 and its kernels, interpreted, within the relative norms that the kernels are held to on a GPU."""
     few = functools.partial(lambda heuristic, *x: dataclasses.replace(heuristic(*x), programs=1), flash.heuristic)
     monkeypatch.setattr(flash, "heuristic", few)
-    case = Case(B=1, T=140, S=140, N=1, G=2, D=64, s=64, n=2, w=50, lengths=lengths)
+    # With as many places as blocks every candidate is chosen.
+    case = Case(B=1, T=140, S=140, N=1, G=2, D=64, s=64, n=3 if own else 2, w=50, lengths=lengths)
     (*tensors, gate_logits), do = inputs(case)
     arrays, do = (*(jnp.asarray(x, jnp.bfloat16) for x in tensors), gate_logits), jnp.asarray(do, jnp.bfloat16)
     # A near-tie must not decide a comparison of values: the kernels' choice is made, and replaced.
     current = jnp.arange(140) // 64
     chosen = jnp.stack([jnp.where(current > 0, 0, -1), current], axis=-1).astype(jnp.int32)[None, :, None]
     options = {"operations": nsa_gpu.HOPPER, "interpret": plgpu.InterpretGPUParams()}
-    actual = run(case, arrays, do, **options, block_indices=chosen, choose_anyway=True)
-    for name, x, y in zip(NAMES, actual, expected(case, arrays, do, chosen), strict=True):
+    if not own:
+        options |= {"block_indices": chosen, "choose_anyway": True}
+    actual = run(case, arrays, do, **options)
+    for name, x, y in zip(NAMES, actual, expected(case, arrays, do, None if own else chosen), strict=True):
         x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
         assert np.isfinite(x).all(), name
         assert np.linalg.norm(x - y) <= 2e-2 * np.linalg.norm(y), name
