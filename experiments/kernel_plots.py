@@ -21,7 +21,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 PASSES = {"fwd": "forward", "fwdbwd": "forward and backward"}
-PARTS = ("block_means", "compressed_attention", "block_selection", "selected_attention", "window_attention")
+PARTS = ("compressed_attention", "block_selection", "selected_attention", "window_attention")
+REST = "means, gates and sums"
 
 Records = Sequence[dict[str, Any]]
 
@@ -86,7 +87,7 @@ def draw_times(records: Records, path: Path) -> None:
 
 
 def parts_of(records: Records, name: str) -> dict[int, dict[str, float]]:
-    """Milliseconds of the whole's parts by length; "gates and sums" is what the operations do not account for.
+    """Milliseconds of the whole's parts by length; `REST` is what the operations do not account for.
 
     Args:
       records: of one similarity and of implementations of NSA.
@@ -104,7 +105,7 @@ def parts_of(records: Records, name: str) -> dict[int, dict[str, float]]:
     for length, seen in sorted(times.items()):
         if {*PARTS, "nsa_attention"} <= set(seen):
             parts[length] = {part: seen[part] for part in PARTS}
-            parts[length]["gates and sums"] = max(seen["nsa_attention"] - sum(parts[length].values()), 0.0)
+            parts[length][REST] = max(seen["nsa_attention"] - sum(parts[length].values()), 0.0)
     return parts
 
 
@@ -116,15 +117,14 @@ def draw_parts(records: Records, path: Path) -> None:
     chosen = [
         record
         for record in records
-        if record["choice"] in ("", *whole[:1])
-        and (record["implementation"] == implementation or record["operation"] == "block_means")
+        if record["choice"] in ("", *whole[:1]) and record["implementation"] == implementation
     ]
     figure, axes = _axes()
     for name, ax in axes.items():
         bars = parts_of(chosen, name)
         names, totals = [_shown(length) for length in bars], [sum(seen.values()) for seen in bars.values()]
         bottom = [0.0] * len(bars)
-        for i, part in enumerate((*PARTS, "gates and sums")):
+        for i, part in enumerate((*PARTS, REST)):
             share = [seen[part] / total for seen, total in zip(bars.values(), totals, strict=True)]
             ax.bar(names, share, bottom=bottom, color=f"C{i}", label=part)
             bottom = [a + b for a, b in zip(bottom, share, strict=True)]
@@ -195,7 +195,9 @@ def draw(records: Records, path: Path) -> list[Path]:
     Returns:
       The figures' paths.
     """
-    timed = [record for record in records if "median_ms" in record]
+    # A ragged length stands in the table, not between two others on a line.
+    ragged = [record["length"] >= 1024 and record["length"] % 1024 > 0 for record in records]
+    timed = [record for record, odd in zip(records, ragged, strict=True) if "median_ms" in record and not odd]
     drawn = []
     for name, figure in (("times", draw_times), ("parts", draw_parts), ("speedup", draw_speedup)):
         target = path.with_name(f"{path.stem}_{name}.png")
