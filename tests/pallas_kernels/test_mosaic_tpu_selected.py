@@ -20,6 +20,7 @@ from cases import Case, assert_close
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 
+from benchmarks import tpu_cases, tpu_trips
 from pallas_kernels import nsa_attention, nsa_tpu, selected_attention, tile_lists, tpu
 from pallas_kernels.selected_attention import mosaic_tpu_forward, mosaic_tpu_steps
 
@@ -238,6 +239,31 @@ def test_two_devices_compute_what_one_does():
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.split() == ["context", "tensor"]
+
+
+def kernels_in(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield equation.params
+            continue
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from kernels_in(inner)
+
+
+@pytest.mark.parametrize(("case", "count"), [("nsa train 8192", 12), ("prefix train 8192", 3)])
+def test_every_kernel_states_its_cost(case, count):
+    """All name the bytes they move, and those that compute at least one product of D = 128 per exponential."""
+    with tpu.compiling_for("v6e"):
+        function, shapes = tpu_cases.build(case)
+        kernels = list(kernels_in(jax.make_jaxpr(function)(*shapes).jaxpr))
+    assert len(kernels) == count
+    for kernel in kernels:
+        cost, moves_only = kernel["cost_estimate"], kernel["name"] in tpu_trips.LAYOUT_ARRAYS
+        moved = sum(x.size * x.dtype.itemsize for x in kernel["out_avals"])
+        assert cost.bytes_accessed > moved
+        assert moves_only or cost.flops >= 2 * 128 * cost.transcendentals > 0
 
 
 def trace(T=8, S=64, G=2, D=64, n=2, block_size=32, dtype=jnp.bfloat16):
