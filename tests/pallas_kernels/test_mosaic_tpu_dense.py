@@ -57,6 +57,19 @@ def test_few_queries(case, check):
     check(case, "mosaic_tpu")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CORNERS if name not in FEW_QUERIES])
+@pytest.mark.parametrize("check", [check_compressed, check_window, check_selection], ids=lambda x: x.__name__)
+def test_other_corners(name, check):
+    check(dataclasses.replace(CORNERS[name], D=64), "mosaic_tpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CORNERS)
+def test_corners_of_prefix_attention(name):
+    check_prefix(dataclasses.replace(CORNERS[name], D=64), "mosaic_tpu", rows=2, own_keys=True, length_per_row=True)
+
+
 def test_few_queries_of_several_rows():
     check_prefix(FEW_QUERIES["ragged"], "mosaic_tpu", rows=2, own_keys=False, length_per_row=False)
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case, assert_close
+from cases import CORNERS, Case, assert_close
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 
@@ -92,6 +92,13 @@ def check(case, indices, dtype=jnp.float32, value=1e-5, gradient=1e-4):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_values_and_gradients(case):
+    check(case, chosen(case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CORNERS)
+def test_corners(name):
+    case = dataclasses.replace(CORNERS[name], D=64, s=32)
     check(case, chosen(case))
 
 
