@@ -132,7 +132,7 @@ for operation in tpu_cases.OPERATIONS:
 # ## Times
 #
 # Medians of single calls, the arrays on the device; `train` is forward and backward. Splash attention is JAX's own,
-# dense and causal, with the quickest of three settings of tiles. A call that the chip has no memory for says so. The
+# dense and causal, with the quickest of four settings of tiles. A call that the chip has no memory for says so. The
 # whole attention (`nsa`) takes a drawn selection, so that the likeness of neighbours is known; the time of choosing is
 # added.
 

@@ -124,6 +124,16 @@ def test_keys_in_several_chunks():
         check(case, chosen(case, sinks=True))
 
 
+def test_queries_before_a_chunk_of_keys():
+    """The first 128 queries read nothing of the last chunks: their results pass through."""
+    case = Case(B=2, T=270, S=270, N=1, G=1, D=64, s=32, n=3, lengths=(270, 120))
+    with vmem(1_000_000):
+        q = jnp.zeros((1, 270, 1, 1, 64))
+        chunks = [mosaic_tpu_steps.make_plan("test", q, 270, 9, 32, backward=x).chunks for x in (False, True)]
+        assert chunks == [2, 3]
+        check(case, chosen(case))
+
+
 def test_four_steps_a_body(monkeypatch):
     """The loop of v6e, which the interpreter does not aim at by itself."""
     monkeypatch.setattr(mosaic_tpu_forward, "body_steps", lambda: 4)
