@@ -57,7 +57,7 @@ def build(name: str) -> Built:
 
     if name in tpu_calibration.CASES:
         return tpu_calibration.CASES[name].build()
-    form = re.fullmatch(r"(\w+) (\w+) (\d+)( \d+)?", name)
+    form = re.fullmatch(r"(\w+) (\w+) (\d+)( \S+)?", name)
     operation, direction, size, tiles = form.groups() if form else ("", "", "", None)
     known = operation in OPERATIONS if tiles is None else operation == "splash" and tiles.strip() in SPLASH_TILES
     if not known or direction not in DIRECTIONS:
@@ -181,8 +181,13 @@ SPLASH_TILES = {
     "512": SplashTiles(512, 512, 512),
     "1024": SplashTiles(1024, 1024, 512, backward=(1024, 1024, 512), dq=(1024, 1024)),
     "2048": SplashTiles(2048, 2048, 512, backward=(2048, 1024, 512), dq=(2048, 1024)),
+    "2048/256": SplashTiles(2048, 2048, 256, backward=(2048, 1024, 256), dq=(2048, 1024)),
 }
-"""The baseline takes the quickest of these for each kernel."""
+"""The baseline takes the quickest of these for each kernel.
+
+The forward tiles of the last two are what tokamax's autotuning chose for long sequences on v6e and v5p
+(`tpu_calibration`).
+"""
 
 
 @dataclasses.dataclass(frozen=True)

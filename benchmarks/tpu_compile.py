@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +146,11 @@ def read_program(text: str) -> tuple[dict[str, dict[str, Any]], tuple[Operation,
     return kernels, tuple(operations)
 
 
-def lower_case(name: str, chip: str) -> Any:
-    """Lowers a case of `benchmarks.tpu_cases` for a chip.
+def lower(build: Callable[[], Any], chip: str) -> Any:
+    """Lowers a call for a chip.
 
     Args:
-      name: the case's.
+      build: gives the function and the shapes of its arguments, as `tpu_cases.build` does.
       chip: a key of `TOPOLOGIES`.
 
     Returns:
@@ -160,15 +160,21 @@ def lower_case(name: str, chip: str) -> Any:
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
-    from benchmarks import tpu_cases
     from pallas_kernels import tpu
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
     place = SingleDeviceSharding(topology.devices[0])
     with tpu.compiling_for(chip):
-        function, shapes = tpu_cases.build(name)
+        function, shapes = build()
         arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in shapes]
         return jax.jit(function).lower(*arguments)
+
+
+def lower_case(name: str, chip: str) -> Any:
+    """Lowers a case of `benchmarks.tpu_cases` for a chip, see `lower`."""
+    from benchmarks import tpu_cases
+
+    return lower(lambda: tpu_cases.build(name), chip)
 
 
 def compile_lowered(lowered: Any, name: str, chip: str, dumps: Path | None = None) -> Program:

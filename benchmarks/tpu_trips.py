@@ -306,8 +306,10 @@ def selected(part: str, tokens: int, chip: str, rho: float, chunk: int) -> Work:
     with tpu.compiling_for(chip):
         body = 1 if backward else body_steps()
     # Three stages side by side: two more steps than the lists have.
-    walk = heads * int(((steps + 1 + body) // body).sum())
-    loops = (heads * plan.chunk_blocks, heads * grid * TILES, walk) if backward else (walk,)
+    walks = steps > 0
+    walk = heads * int((walks * ((steps + 1 + body) // body)).sum())
+    tiles = heads * int(walks.sum()) * TILES
+    loops = (heads * plan.chunk_blocks, tiles, walk) if backward else (walk,)
     carried = plan.chunks > 1
     row_bytes = math.prod(spec.shapes[0].shape) * ((8 + 4 * carried) if backward else (4 + 6 * carried))
     key_bytes = 2 * heads * plan.chunk_keys * spec.head_dim * (2 + 4 * backward)

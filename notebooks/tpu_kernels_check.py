@@ -40,7 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import tpu_cases
-from pallas_kernels import block_means, compressed_attention
+from pallas_kernels import block_means, compressed_attention, tpu
 from pallas_kernels.specs import Spec
 
 ON_TPU = jax.default_backend() == "tpu"
@@ -48,7 +48,7 @@ TOKENS = (8192, 32768, 131072) if ON_TPU else (128,)
 RHOS = (0.0, 0.8, 0.98) if ON_TPU else (0.8,)
 TIMED = tuple(tpu_cases.OPERATIONS) if ON_TPU else ("selection",)
 SAMPLES = 10 if ON_TPU else 1
-CHIP = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}.get(jax.devices()[0].device_kind, "v5e")
+CHIP = tpu.target_chip().name
 print(jax.devices()[0].device_kind, "jax", jax.__version__)
 
 # %% [markdown]
@@ -132,7 +132,7 @@ for operation in tpu_cases.OPERATIONS:
 # ## Times
 #
 # Medians of single calls, the arrays on the device; `train` is forward and backward. Splash attention is JAX's own,
-# dense and causal, with the quickest of three settings of tiles. A call that the chip has no memory for says so. The
+# dense and causal, with the quickest of four settings of tiles. A call that the chip has no memory for says so. The
 # whole attention (`nsa`) takes a drawn selection, so that the likeness of neighbours is known; the time of choosing is
 # added.
 
@@ -200,12 +200,13 @@ for tokens in TOKENS:
 # %% [markdown]
 # ## The table
 #
-# Every measured time holds the dispatch of one call (about 0.1 ms), `nsa` that of two.
+# Every measured time holds the dispatch of one call (about 0.1 ms), `nsa` that of two. Times were modelled for v5e, v5p
+# and v6e; on another TPU those of v5p stand beside.
 
 # %%
 record = ROOT / "benchmarks/results/tpu_schedule.json"
 modelled = json.loads(record.read_text())["whole"] if record.exists() else {}
-print("| call | measured, ms | modelled, ms | splash / this, measured |")
+print(f"| call | measured, ms | modelled for {CHIP}, ms | splash / this, measured |")
 print("|---|---|---|---|")
 for key, measured in results.items():
     case, _, rho = key.partition(" rho ")

@@ -193,13 +193,17 @@ def _lists_of_chunk(
         inside = (place >= start[..., None]) & (place < end[..., None])
         entries = jnp.where(inside, entries - (chunk * plan.chunk_blocks << tile_lists.MASK_BITS), 0)
     first_step = start // plan.step_blocks
-    # A tile without entries takes one step, whose keys are hidden from all: it writes the tile's results.
+    # A tile without entries takes one step, whose keys are hidden from all: it writes the tile's results. Eight such
+    # tiles take none in a later chunk, as they have results.
     end_step = jnp.maximum(-(-end // plan.step_blocks), first_step + 1)
     first_step, end_step = (
         tpu.pad_axis(x, 2, queries // TILE, value).reshape(*x.shape[:2], -1, TILES)
         for x, value in ((first_step, 0.0), (end_step, 1.0))
     )
     total = (end_step - first_step).sum(-1, dtype=jnp.int32)
+    if plan.chunks > 1:
+        places = tpu.pad_axis(end - start, 2, queries // TILE).reshape(*total.shape, TILES)
+        total = jnp.where((chunk == 0) | (places.max(-1) > 0), total, 0)
     bounds = jnp.stack([first_step, end_step], axis=-1).reshape(*total.shape, 2 * TILES)
     past_the_last = jnp.broadcast_to(jnp.array([0, jnp.iinfo(jnp.int32).max], jnp.int32), (*total.shape, 2))
     bounds = jnp.concatenate([bounds, past_the_last, total[..., None]], axis=-1)

@@ -117,18 +117,6 @@ def _kernel(
 
         jax.lax.fori_loop(0, plan.chunk_blocks, clear, 0)
 
-    def spread(tile: jax.Array, _: Any) -> int:
-        for lanes, spread_out in ((lse, tops), (delta, shifts)):
-            row = lanes[0, 0, pl.ds(tile, 1), :]
-            spread_out[tile] = steps.lanes_to_columns(row, rows)
-        return 0
-
-    jax.lax.fori_loop(0, TILES, spread, 0)
-    # What the first steps find, whose gradients are 0.
-    dq_state[...] = jnp.zeros_like(dq_state)
-    products[...] = jnp.full_like(products, steps.HIDDEN)
-    factors[...] = jnp.zeros_like(factors)
-
     def finish(_: int, place: Place) -> None:
         result = dq_state[...] * plan.scale
         if adds:
@@ -160,7 +148,29 @@ def _kernel(
         products[0] = steps.step_logits(q_tile, k_step, bias, plan)
         products[1] = dot(steps.rows_of(do, multiplied.queries), v_step, (((1,), (1,)), ((), ())))
 
-    steps.run_stages(step, finish, bounds)
+    def spread(tile: jax.Array, _: Any) -> int:
+        for lanes, spread_out in ((lse, tops), (delta, shifts)):
+            row = lanes[0, 0, pl.ds(tile, 1), :]
+            spread_out[tile] = steps.lanes_to_columns(row, rows)
+        return 0
+
+    def walk() -> None:
+        jax.lax.fori_loop(0, TILES, spread, 0)
+        # What the first steps find, whose gradients are 0.
+        dq_state[...] = jnp.zeros_like(dq_state)
+        products[...] = jnp.full_like(products, steps.HIDDEN)
+        factors[...] = jnp.zeros_like(factors)
+        steps.run_stages(step, finish, bounds)
+
+    if adds:
+        idle = steps.is_idle(bounds)
+        pl.when(jnp.logical_not(idle))(walk)
+
+        @pl.when(idle)
+        def _() -> None:
+            dq[...] = dq_before[...]
+    else:
+        walk()
 
     @pl.when(i == last)
     def _() -> None:

@@ -120,13 +120,7 @@ def _kernel(
     fields = len(_Buffers._fields)
     slots = [_Buffers(*scratch[i * fields : (i + 1) * fields]) for i in range(len(scratch) // fields)]
     first_query = first[0] + pl.program_id(2) * (TILES * TILE)
-    scaled[...] = steps.scaled(q[...], plan)
-    # What the first steps of the pipeline find: weights of 0 for values that no list names.
-    start, vectors = slots[-1], plan.step_keys // tpu.LANES
-    for x in (start.state, start.tops, start.totals, start.shrinks, start.weights):
-        x[...] = jnp.zeros_like(x)
-    for x in (start.logits, start.peaks):
-        x[...] = jnp.full_like(x, steps.HIDDEN)
+    vectors = plan.step_keys // tpu.LANES
 
     def finish(slot: int, place: Place) -> None:
         done, size = slots[slot], plan.head_dim
@@ -171,4 +165,23 @@ def _kernel(
             before.weights[...], v_step, precision=plan.precision, preferred_element_type=jnp.float32
         )
 
-    steps.run_stages(step, finish, bounds, slots=len(slots))
+    def walk() -> None:
+        scaled[...] = steps.scaled(q[...], plan)
+        # What the first steps of the pipeline find: weights of 0 for values that no list names.
+        start = slots[-1]
+        for x in (start.state, start.tops, start.totals, start.shrinks, start.weights):
+            x[...] = jnp.zeros_like(x)
+        for x in (start.logits, start.peaks):
+            x[...] = jnp.full_like(x, steps.HIDDEN)
+        steps.run_stages(step, finish, bounds, slots=len(slots))
+
+    if not merges:
+        walk()
+        return
+    idle = steps.is_idle(bounds)
+    pl.when(jnp.logical_not(idle))(walk)
+
+    @pl.when(idle)
+    def _() -> None:
+        o[...] = o_before[...].astype(o.dtype)
+        lse[...] = lse_before[...]

@@ -21,7 +21,10 @@ from pallas_kernels import tile_lists, tpu
 TILE = tile_lists.MASK_BITS
 TILES = 8
 BOUNDS = 2 * (TILES + 1) + 1
-"""Numbers per grid step: each tile's first step and one past its last, those of a tile past the last, their total."""
+"""Numbers per grid step: each tile's first step and one past its last, those of a tile past the last, their total.
+
+The total is 0 in a later chunk of keys that none of the tiles reads: `is_idle`.
+"""
 
 STEP_KEYS = 1024
 HIDDEN = -2e38
@@ -194,6 +197,11 @@ def run_stages(step: Any, finish: Any, bounds: Ref, *, slots: int = 1) -> None:
     start = nowhere, nowhere, Place(jnp.int32(0), bounds[0, 0, 0, 0, 0])
     count = bounds[0, 0, 0, 0, BOUNDS - 1] + 2
     jax.lax.fori_loop(0, jax.lax.div(count + slots - 1, slots), body, start)
+
+
+def is_idle(bounds: Ref) -> jax.Array:
+    """Whether what earlier chunks of keys gave is the grid step's result: with causal lists, before the chunk."""
+    return bounds[0, 0, 0, 0, BOUNDS - 1] == 0
 
 
 def read_step(entries: Ref, place: Place, plan: Plan) -> list[Index]:

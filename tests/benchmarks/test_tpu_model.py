@@ -169,6 +169,19 @@ def test_trips_of_selected_attention_walk_the_lists():
         assert work.loops[-1] == 4 * np.sum(-(-of_grid_steps // steps_of_body))
 
 
+def test_queries_before_a_chunk_of_keys_take_no_steps(monkeypatch):
+    small = dataclasses.replace(tpu.CHIPS["v5p"], vmem_bytes=11_500_000)
+    monkeypatch.setitem(tpu.CHIPS, "v5p", small)
+    tokens, rho = 2048, 0.8
+    plan, steps = tpu_trips.chunk_steps(tokens, "v5p", rho, 1, True)
+    assert (plan.chunks, plan.chunk_keys) == (2, 1024)
+    latest = tpu_cases.drawn_selection(tokens, rho).reshape(-1, tpu_trips.TILE * tpu_trips.TILES * 32).max(axis=1)
+    np.testing.assert_array_equal(steps > 0, latest >= plan.chunk_blocks)
+    _, spread, walk = tpu_trips.selected("backward", tokens, "v5p", rho, 1).loops
+    assert spread == 4 * tpu_trips.TILES * (steps > 0).sum()
+    assert walk == 4 * (steps[steps > 0] + 2).sum()
+
+
 def test_bisection_rounds_suffice_for_the_kernel():
     """As many rounds as simulated separate the best blocks, one fewer does not for some tile."""
     assert tpu_trips.bisection_rounds(20, 32) == 0

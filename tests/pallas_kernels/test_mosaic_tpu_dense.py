@@ -5,6 +5,7 @@ The checks and their bounds are test_attention_operations': float32 products are
 
 import contextlib
 import dataclasses
+import functools
 from unittest import mock
 
 import jax
@@ -22,7 +23,15 @@ from test_attention_operations import (
     values_and_gradients,
 )
 
-from pallas_kernels import block_selection, compressed_attention, prefix_attention, tpu, tpu_flash, window_attention
+from pallas_kernels import (
+    block_selection,
+    compressed_attention,
+    prefix_attention,
+    tpu,
+    tpu_flash,
+    tpu_layout,
+    window_attention,
+)
 from pallas_kernels.compressed_attention import mosaic_tpu as compressed_tpu
 from pallas_kernels.prefix_attention import mosaic_tpu as prefix_tpu
 from pallas_kernels.window_attention import mosaic_tpu as window_tpu
@@ -46,6 +55,19 @@ def small_tiles(operation, queries=128, keys=128, chunk=128):
 @pytest.mark.parametrize("check", [check_compressed, check_window], ids=["compressed", "window"])
 def test_few_queries(case, check):
     check(case, "mosaic_tpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CORNERS if name not in FEW_QUERIES])
+@pytest.mark.parametrize("check", [check_compressed, check_window, check_selection], ids=lambda x: x.__name__)
+def test_other_corners(name, check):
+    check(dataclasses.replace(CORNERS[name], D=64), "mosaic_tpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CORNERS)
+def test_corners_of_prefix_attention(name):
+    check_prefix(dataclasses.replace(CORNERS[name], D=64), "mosaic_tpu", rows=2, own_keys=True, length_per_row=True)
 
 
 def test_few_queries_of_several_rows():
@@ -171,6 +193,33 @@ def test_no_races_where_gradients_share_a_pass():
         check_compressed(dataclasses.replace(TINY, S=20, q_offset=19), "mosaic_tpu")
 
 
+def test_no_races_where_keys_lie_in_place():
+    case = dataclasses.replace(TINY, S=150, N=2)
+    with race_detection(), mock.patch.object(prefix_tpu, "_IN_PLACE", tpu_flash.Tiles(128, 128, 128)):
+        check_prefix(case, "mosaic_tpu", rows=1, own_keys=False, length_per_row=False)
+
+
+def test_no_races_between_layouts():
+    draw = np.random.default_rng(0).standard_normal
+    q, do = (jnp.asarray(draw((1, 130, 1, 2, 64)), jnp.float32) for _ in range(2))
+    gates, valid = jnp.asarray(draw((2, 1, 1, 2, 256)), jnp.float32), jnp.asarray([129])
+
+    def run(q, gates):
+        rows = tpu_layout.group_major(130, q, valid)
+        return tpu_layout.gated_sum(130, (rows, -rows), tuple(gates), valid)
+
+    with race_detection():
+        o, pull = jax.vjp(run, q, gates)
+        dq, dgates = pull(do)
+    seen = jnp.arange(130)[:, None, None, None] < 129
+    weight = jnp.moveaxis((gates[0] - gates[1])[..., :130], 3, 1)[..., None]
+    # A difference of two products, each rounded once.
+    np.testing.assert_allclose(o, jnp.where(seen, weight * q, 0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(dq, jnp.where(seen, weight * do, 0), rtol=1e-5, atol=1e-6)
+    expected = jnp.where(seen, q * do, 0).sum(-1)
+    np.testing.assert_allclose(dgates[0, ..., :130], jnp.moveaxis(expected, 1, 3), rtol=1e-5, atol=1e-5)
+
+
 def test_no_races_in_block_selection():
     case = dataclasses.replace(TINY, S=20, q_offset=19)
     q, (k, _) = case.queries(), case.keys()
@@ -182,17 +231,39 @@ def test_no_races_in_block_selection():
     np.testing.assert_array_equal(chosen, expected)
 
 
-def test_unsupported_sizes_and_types_name_the_supported():
+CALLS = {
+    "compressed_attention": lambda q, k, **options: compressed_attention(q, k, k, block_size=4, **options),
+    "window_attention": lambda q, k, **options: window_attention(q, k, k, window_size=4, **options),
+    "prefix_attention": lambda q, k, **options: prefix_attention(
+        q[:, None], k, k, jnp.zeros((1, 1, q.shape[1]), jnp.int32), **options
+    ),
+    "block_selection": lambda q, k, **options: block_selection(
+        q, k, jnp.zeros(q.shape[:-1]), block_size=4, block_count=2, **options
+    ),
+}
+
+
+@pytest.mark.parametrize("operation", CALLS)
+def test_unsupported_sizes_and_types_name_the_supported(operation):
     def run(D=64, G=2, dtype=jnp.bfloat16):
         q, k = jnp.zeros((1, 8, 1, G, D), dtype), jnp.zeros((1, 8, 1, D), dtype)
-        return compressed_attention(q, k, k, block_size=4, implementation="mosaic_tpu")
+        return CALLS[operation](q, k, implementation="mosaic_tpu")
 
-    with pytest.raises(NotImplementedError, match="compressed_attention on TPU has D = 32, supported are 64 and 128"):
+    with pytest.raises(NotImplementedError, match=f"{operation} on TPU has D = 32, supported are 64 and 128"):
         run(D=32)
-    with pytest.raises(NotImplementedError, match="has G = 9, supported are 1 to 8"):
+    with pytest.raises(NotImplementedError, match=f"{operation} on TPU has G = 9, supported are 1 to 8"):
         run(G=9)
-    with pytest.raises(NotImplementedError, match="has dtype float16, supported are bfloat16 and float32"):
+    with pytest.raises(NotImplementedError, match=f"{operation} on TPU has dtype float16, supported are bfloat16 and"):
         run(dtype=jnp.float16)
+
+
+def test_block_means_beyond_the_vector_memory_are_refused_with_the_sum():
+    q, k = jax.ShapeDtypeStruct((1, 8, 1, 8, 128), jnp.float32), jax.ShapeDtypeStruct((1, 2**16, 1, 128), jnp.float32)
+    sum_of_buffers = (
+        r"needs [\d.]+ MiB of VMEM \(queries [\d.]+ \+ block means 64.25 \+ .*v5p has 64 MiB.*may use 57.60"
+    )
+    with tpu.compiling_for("v5p"), pytest.raises(NotImplementedError, match=f"block_selection {sum_of_buffers}"):
+        jax.eval_shape(functools.partial(CALLS["block_selection"], implementation="mosaic_tpu"), q, k)
 
 
 def test_a_tile_beyond_the_vector_memory_is_refused_with_the_sum():

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case, assert_close
+from cases import CORNERS, Case, assert_close
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 
+from benchmarks import tpu_cases, tpu_trips
 from pallas_kernels import nsa_attention, nsa_tpu, selected_attention, tile_lists, tpu
 from pallas_kernels.selected_attention import mosaic_tpu_forward, mosaic_tpu_steps
 
@@ -95,6 +96,13 @@ def test_values_and_gradients(case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", CORNERS)
+def test_corners(name):
+    case = dataclasses.replace(CORNERS[name], D=64, s=32)
+    check(case, chosen(case))
+
+
+@pytest.mark.slow
 @pytest.mark.whole_steps
 def test_steps_of_released_length():
     case = Case(B=1, T=40, S=240, N=1, G=7, D=128, s=64, n=3, q_offset=200)
@@ -114,6 +122,16 @@ def test_keys_in_several_chunks():
         chunks = [mosaic_tpu_steps.make_plan("test", q, 400, 13, 32, backward=x).chunks for x in (False, True)]
         assert chunks == [2, 4]
         check(case, chosen(case, sinks=True))
+
+
+def test_queries_before_a_chunk_of_keys():
+    """The first 128 queries read nothing of the last chunks: their results pass through."""
+    case = Case(B=2, T=270, S=270, N=1, G=1, D=64, s=32, n=3, lengths=(270, 120))
+    with vmem(1_000_000):
+        q = jnp.zeros((1, 270, 1, 1, 64))
+        chunks = [mosaic_tpu_steps.make_plan("test", q, 270, 9, 32, backward=x).chunks for x in (False, True)]
+        assert chunks == [2, 3]
+        check(case, chosen(case))
 
 
 def test_four_steps_a_body(monkeypatch):
@@ -238,6 +256,31 @@ def test_two_devices_compute_what_one_does():
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.split() == ["context", "tensor"]
+
+
+def kernels_in(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield equation.params
+            continue
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from kernels_in(inner)
+
+
+@pytest.mark.parametrize(("case", "count"), [("nsa train 8192", 12), ("prefix train 8192", 3)])
+def test_every_kernel_states_its_cost(case, count):
+    """All name the bytes they move, and those that compute at least one product of D = 128 per exponential."""
+    with tpu.compiling_for("v6e"):
+        function, shapes = tpu_cases.build(case)
+        kernels = list(kernels_in(jax.make_jaxpr(function)(*shapes).jaxpr))
+    assert len(kernels) == count
+    for kernel in kernels:
+        cost, moves_only = kernel["cost_estimate"], kernel["name"] in tpu_trips.LAYOUT_ARRAYS
+        moved = sum(x.size * x.dtype.itemsize for x in kernel["out_avals"])
+        assert cost.bytes_accessed > moved
+        assert moves_only or cost.flops >= 2 * 128 * cost.transcendentals > 0
 
 
 def trace(T=8, S=64, G=2, D=64, n=2, block_size=32, dtype=jnp.bfloat16):
