@@ -16,7 +16,7 @@ from pallas_kernels.block_selection import reference as block_selection
 from pallas_kernels.common import query_indices, resolve_lengths, zero_where
 from pallas_kernels.compressed_attention import reference as compressed_attention
 from pallas_kernels.selected_attention import reference as selected_attention
-from pallas_kernels.specs import SPECS
+from pallas_kernels.specs import SPECS, Spec
 from pallas_kernels.window_attention import reference as window_attention
 
 
@@ -251,3 +251,28 @@ def test_forward_and_backward_lower_for_a_gpu(spec):
 
     q, k, v, logits = spec.shapes
     jax.jit(both).trace(q, k, v, logits, q, length).lower(lowering_platforms=("cuda",))
+
+
+def test_kernels_lower_inside_shard_map():
+    """As `nsa_attention_sharded` calls them: tokens over one axis, KV heads over the other, keys gathered."""
+    mesh = jax.make_mesh((1, 1), ("context", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    tokens = jax.sharding.PartitionSpec(None, "context", "tensor")
+    options = {"block_size": 64, "window_size": 256, "branches": nsa_gpu.BRANCHES, "ragged": True}
+    options |= {"block_indices": None, "choose_anyway": False}
+    options |= {"choice": {"block_count": 8, "init_blocks": 0, "local_blocks": 1}}
+
+    def local(q, k, v, logits):
+        q_offset = jax.lax.axis_index("context") * q.shape[1]
+        k, v = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (k, v))
+        length = jnp.full((1,), k.shape[1], jnp.int32)
+        return nsa_gpu.attention(q, k, v, logits, q_offset=q_offset, length=length, **options)
+
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(tokens,) * 4, out_specs=tokens, check_vma=False)
+
+    def both(q, k, v, logits, do):
+        o, pull = jax.vjp(sharded, q, k, v, logits)
+        return o, pull(do)
+
+    q, k, v, logits = Spec("short", queries=1024, keys=1024).shapes
+    text = jax.jit(both).trace(q, k, v, logits, q).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") >= 11
