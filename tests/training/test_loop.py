@@ -21,6 +21,7 @@ from training_fakes import (
     tiny_experiment,
     toy_init_state,
     toy_make_forward,
+    toy_make_losses,
 )
 
 from videonsa_jax.data.sources import DataError
@@ -41,6 +42,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         if toy:
             monkeypatch.setattr(loop, "init_state", toy_init_state)
             monkeypatch.setattr(loop, "make_forward", toy_make_forward)
+            monkeypatch.setattr(loop, "make_losses", toy_make_losses)
         return loop.train(experiment, workdir, **options)
 
     return run

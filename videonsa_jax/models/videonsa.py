@@ -168,11 +168,14 @@ class VideoNSA(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*L hidden"]) -> Float[Array, "*L V"]:
         """Projects hidden states to the vocabulary; products in the model's dtype, accumulated to float32."""
-        if self.config.text.tie_word_embeddings:
-            weights = self.embed_tokens.embedding[...].astype(self.dtype)
-            return jnp.einsum("...h,vh->...v", hidden, weights, preferred_element_type=jnp.float32)
-        weights = self.lm_head.kernel[...].astype(self.dtype)
+        weights = self.output_weights().astype(self.dtype)
         return jnp.einsum("...h,hv->...v", hidden, weights, preferred_element_type=jnp.float32)
+
+    def output_weights(self) -> Float[Array, "hidden V"]:
+        """Weights of the projection to the vocabulary, for losses that do not want all logits at once."""
+        if self.config.text.tie_word_embeddings:
+            return self.embed_tokens.embedding[...].T
+        return self.lm_head.kernel[...]
 
     def attention_kind(self, attention: str | None, rows: int, rows_share_prefix: bool = False) -> AttentionKind:
         """What `attention=None` means for this model.

@@ -17,6 +17,7 @@ FREE_FIELDS = (
     "mesh",
     "train.kernel",
     "train.remat",
+    "train.loss_chunk",
     "train.log_every",
     "train.eval_every",
     "train.eval_contexts",

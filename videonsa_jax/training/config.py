@@ -68,6 +68,7 @@ class TrainConfig:
       kernel: implementation of the attention operations ("auto" = the best for the device).
       dtype: of activations; parameters, losses and optimiser state are float32.
       remat: recompute each layer in the backward pass.
+      loss_chunk: positions of each text row whose logits exist at a time (training/cross_entropy.py); 0 = all.
       log_every: steps between metric lines.
       eval_every: steps between held-out evaluations; 0 = only at the end.
       eval_contexts: held-out contexts per evaluation on the way; 0 = all. The last evaluation asks all.
@@ -82,6 +83,7 @@ class TrainConfig:
     kernel: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
+    loss_chunk: int = 256
     log_every: int = 10
     eval_every: int = 0
     eval_contexts: int = 0
@@ -92,7 +94,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "accumulation", "log_every", "keep"):
             _require(getattr(self, name) >= 1, "train", name, getattr(self, name), "at least 1")
-        for name in ("eval_every", "eval_contexts", "save_every"):
+        for name in ("eval_every", "eval_contexts", "save_every", "loss_chunk"):
             _require(getattr(self, name) >= 0, "train", name, getattr(self, name), "at least 0")
 
 

@@ -46,6 +46,7 @@ from videonsa_jax.training.step import (
     choose_options,
     init_state,
     make_forward,
+    make_losses,
     start_state,
 )
 
@@ -189,9 +190,10 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
         shapes = jax.eval_shape(init)
         shardings = state_shardings(shapes, mesh)
         forward = make_forward(experiment.model, config, mesh)
+        losses = make_losses(experiment.model, config, mesh)
         with usage_errors():  # an attention or kernel that does not cover this model says so when it is traced
             example = place_batch(pipelines["train"].empty_batch(pipelines["train"].shapes[0]), mesh)
-            jax.eval_shape(forward, shapes.params, example.inputs)
+            jax.eval_shape(losses, shapes.params, example)
         if saved_step is None:
             start = time.perf_counter()
             if experiment.pretrained:
@@ -213,7 +215,7 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
         replicated = NamedSharding(mesh, PartitionSpec())
         scalars = dict.fromkeys(("loss", "answer_tokens", "correct", "visual_tokens", "text_tokens"), replicated)
         add_batch = TimedJit(
-            functools.partial(accumulate, forward),
+            functools.partial(accumulate, losses),
             donate_argnums=1,
             out_shardings=(Sums(grads=shardings.params, **scalars), replicated),
         )

@@ -20,10 +20,12 @@ from videonsa_jax.data.examples import EvalBatch
 from videonsa_jax.models import VideoNSA
 from videonsa_jax.streams import ArrayLike, Batch, TrainBatch, register_pytree
 from videonsa_jax.training.config import TrainConfig
+from videonsa_jax.training.cross_entropy import token_losses
 
 type Params = dict[str, Any]
 type Leaf = Any  # an array, its shape or its sharding: these trees are mapped to all three
 type Forward = Callable[..., Float[Array, "B Q *Lt V"]]
+type Losses = Callable[[Params, TrainBatch], tuple[Float[Array, "B Q Lt"], Bool[Array, "B Q Lt"]]]
 
 
 @register_pytree
@@ -96,15 +98,28 @@ def start_state(optimizer: optax.GradientTransformation, params: Params) -> Trai
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
 
-def make_forward(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> Forward:
-    """The function (params, batch, positions=None) -> float32 logits, of every text position or of one per row."""
+def _make_hidden(
+    model: ModelConfig, train: TrainConfig, mesh: Mesh
+) -> Callable[[Params, Batch], tuple[VideoNSA, Float[Array, "B Q Lt hidden"]]]:
+    """The function (params, batch) -> the model with these parameters, and hidden states of the text stream."""
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: make_model(model, train, 0)), nnx.Param)
     implementation = None if train.kernel == "auto" else train.kernel
 
-    def forward(params: Params, batch: Batch, positions: Int[Array, "B Q"] | None = None) -> Float[Array, "B Q *Lt V"]:
+    def text_hidden(params: Params, batch: Batch) -> tuple[VideoNSA, Float[Array, "B Q Lt hidden"]]:
         network = nnx.merge(graphdef, params)
         # A record's conversation opens with its video (data/sources.py), so nothing before it differs between rows.
         hidden, _ = network.text_hidden(batch, train.attention, implementation, mesh, rows_share_prefix=True)
+        return network, hidden
+
+    return text_hidden
+
+
+def make_forward(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> Forward:
+    """The function (params, batch, positions=None) -> float32 logits, of every text position or of one per row."""
+    text_hidden = _make_hidden(model, train, mesh)
+
+    def forward(params: Params, batch: Batch, positions: Int[Array, "B Q"] | None = None) -> Float[Array, "B Q *Lt V"]:
+        network, hidden = text_hidden(params, batch)
         if positions is not None:
             hidden = jnp.take_along_axis(hidden, positions[:, :, None, None], axis=2)[:, :, 0]
         return network.logits(hidden)
@@ -112,18 +127,28 @@ def make_forward(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> Forward:
     return forward
 
 
-def _loss(forward: Forward, params: Params, batch: TrainBatch) -> tuple[Float[Array, ""], tuple]:
-    logits = forward(params, batch.inputs)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets) * batch.loss_weights
-    correct = jnp.sum((jnp.argmax(logits, axis=-1) == batch.targets) * batch.loss_weights)
-    return jnp.sum(losses), (correct, jnp.all(jnp.isfinite(losses), axis=-1))
+def make_losses(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> Losses:
+    """The function (params, batch) -> each text token's loss, and whether its target has the largest logit."""
+    text_hidden = _make_hidden(model, train, mesh)
+
+    def losses(params: Params, batch: TrainBatch) -> tuple[Float[Array, "B Q Lt"], Bool[Array, "B Q Lt"]]:
+        network, hidden = text_hidden(params, batch.inputs)
+        return token_losses(hidden, network.output_weights(), jnp.asarray(batch.targets), chunk=train.loss_chunk)
+
+    return losses
 
 
-def accumulate(forward: Forward, params: Params, sums: Sums | None, batch: TrainBatch) -> tuple[Sums, Rows]:
+def _loss(losses: Losses, params: Params, batch: TrainBatch) -> tuple[Float[Array, ""], tuple]:
+    of_tokens, correct = losses(params, batch)
+    weighted = of_tokens * batch.loss_weights
+    return jnp.sum(weighted), (jnp.sum(correct * batch.loss_weights), jnp.all(jnp.isfinite(weighted), axis=-1))
+
+
+def accumulate(losses: Losses, params: Params, sums: Sums | None, batch: TrainBatch) -> tuple[Sums, Rows]:
     """Adds a batch's loss and gradient to an optimiser step's sums.
 
     Args:
-      forward: from `make_forward`.
+      losses: from `make_losses`.
       params: the model's parameters.
       sums: of the batches before; None for the first.
       batch: of any shape; batches of one step may differ in theirs.
@@ -131,7 +156,7 @@ def accumulate(forward: Forward, params: Params, sums: Sums | None, batch: Train
     Returns:
       The sums with this batch, and its rows.
     """
-    (loss, (correct, finite)), grads = jax.value_and_grad(lambda params: _loss(forward, params, batch), has_aux=True)(
+    (loss, (correct, finite)), grads = jax.value_and_grad(lambda params: _loss(losses, params, batch), has_aux=True)(
         params
     )
     own = Sums(
