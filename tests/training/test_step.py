@@ -50,12 +50,12 @@ def setup() -> Setup:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     forward = make_forward(EXPERIMENT.model, EXPERIMENT.train, mesh)
     losses = make_losses(EXPERIMENT.model, EXPERIMENT.train, mesh)
-    sums, _ = jax.eval_shape(functools.partial(accumulate, losses), params, None, random_batch(0))
+    sums, _ = jax.eval_shape(functools.partial(accumulate, losses, EXPERIMENT.train), params, None, random_batch(0))
     return Setup(
         state=state,
         zeros=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums),
         forward=jax.jit(forward),
-        add=jax.jit(functools.partial(accumulate, losses)),
+        add=jax.jit(functools.partial(accumulate, losses, EXPERIMENT.train)),
         apply=jax.jit(functools.partial(apply_gradients, optimizer, schedule)),
         choose=jax.jit(functools.partial(choose_options, forward)),
     )
@@ -134,6 +134,8 @@ def test_bfloat16_keeps_parameters_gradients_and_losses_in_float32() -> None:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     state = jax.eval_shape(lambda: init_state(experiment.model, experiment.train, 0, optax.adamw(1e-3)))
     losses = make_losses(experiment.model, experiment.train, mesh)
-    sums, _ = jax.eval_shape(functools.partial(accumulate, losses), state.params, None, random_batch(4))
+    sums, _ = jax.eval_shape(
+        functools.partial(accumulate, losses, experiment.train), state.params, None, random_batch(4)
+    )
     floats = [leaf for leaf in jax.tree.leaves((state, sums)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}

@@ -32,6 +32,9 @@ FREE_FIELDS = (
     "data.clips.render_workers",
 )
 
+# Fields that earlier versions did not have, with the value that stands for what they did.
+LATER_FIELDS = {"train.param_dtype": "float32", "optimizer.moment_dtype": "float32"}
+
 
 def open_checkpoints(workdir: Path, keep: int) -> ocp.CheckpointManager:
     """The checkpoints of a run; what a killed save left behind is removed."""
@@ -115,7 +118,8 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def check_same_config(manager: ocp.CheckpointManager, step: int, experiment: Experiment) -> None:
     """Raises a ValueError naming the fields if the checkpoint belongs to another computation."""
-    saved = _flatten(manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config)
+    config = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+    saved = LATER_FIELDS | _flatten(config)
     wanted = _flatten(config_dict(experiment))
     absent = "absent"
     different = [

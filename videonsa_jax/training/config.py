@@ -25,6 +25,7 @@ class OptimizerConfig:
       final_ratio: share of the peak left at the last step.
       weight_decay: applied to matrices only, not to norms and biases; with "muon", to what Muon updates only.
       max_grad_norm: global norm that gradients are clipped to.
+      moment_dtype: of the first and second moments; in bfloat16 they are rounded stochastically.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -38,6 +39,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps", "max_grad_norm"):
@@ -66,7 +68,9 @@ class TrainConfig:
       accumulation: batches per optimiser step.
       attention: what visual queries use; "dense" runs the same weights densely, gates unused.
       kernel: implementation of the attention operations ("auto" = the best for the device).
-      dtype: of activations; parameters, losses and optimiser state are float32.
+      dtype: of activations; losses and the optimiser's arithmetic are float32.
+      param_dtype: of the parameters and their gradients; in bfloat16, the optimiser's state has float32 masters, which
+        are what it updates and what is exported.
       remat: recompute each layer in the backward pass.
       loss_chunk: positions of each text row whose logits exist at a time (training/cross_entropy.py); 0 = all.
       log_every: steps between metric lines.
@@ -82,6 +86,7 @@ class TrainConfig:
     attention: Literal["nsa", "dense"] = "nsa"
     kernel: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
     loss_chunk: int = 256
     log_every: int = 10

@@ -185,7 +185,7 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
 
         # 3. State: shapes, then shardings, then arrays that are made (or loaded) where they belong.
         schedule = learning_rate(experiment.optimizer, config.steps)
-        optimizer = make_optimizer(experiment.optimizer, config.steps)
+        optimizer = make_optimizer(experiment.optimizer, config.steps, config.param_dtype)
         init = functools.partial(init_state, experiment.model, config, seed, optimizer)
         shapes = jax.eval_shape(init)
         shardings = state_shardings(shapes, mesh)
@@ -199,7 +199,7 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
             if experiment.pretrained:
                 with usage_errors():
                     params = pretrained_params(experiment, shardings.params)
-                begin = functools.partial(start_state, optimizer)
+                begin = functools.partial(start_state, optimizer, config)
                 state = jax.jit(begin, out_shardings=shardings, donate_argnums=0)(params)
             else:
                 state = jax.jit(init, out_shardings=shardings)()
@@ -215,7 +215,7 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
         replicated = NamedSharding(mesh, PartitionSpec())
         scalars = dict.fromkeys(("loss", "answer_tokens", "correct", "visual_tokens", "text_tokens"), replicated)
         add_batch = TimedJit(
-            functools.partial(accumulate, losses),
+            functools.partial(accumulate, losses, config),
             donate_argnums=1,
             out_shardings=(Sums(grads=shardings.params, **scalars), replicated),
         )

@@ -21,6 +21,7 @@ from videonsa_jax.models import VideoNSA
 from videonsa_jax.streams import ArrayLike, Batch, TrainBatch, register_pytree
 from videonsa_jax.training.config import TrainConfig
 from videonsa_jax.training.cross_entropy import token_losses
+from videonsa_jax.training.optimizer import Masters
 
 type Params = dict[str, Any]
 type Leaf = Any  # an array, its shape or its sharding: these trees are mapped to all three
@@ -35,8 +36,8 @@ class TrainState:
 
     Attributes:
       step: optimiser steps done, int32 scalar.
-      params: the model's parameters by path, float32.
-      opt_state: optax state.
+      params: the model's parameters by path, in `train.param_dtype`.
+      opt_state: optax state, with the parameters' float32 masters if they are not float32.
     """
 
     step: Leaf
@@ -90,12 +91,20 @@ def init_state(
     model: ModelConfig, train: TrainConfig, seed: int, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """The state before the first step; run it under `jax.jit` with the state's shardings."""
-    return start_state(optimizer, nnx.to_pure_dict(nnx.state(make_model(model, train, seed), nnx.Param)))
+    return start_state(optimizer, train, nnx.to_pure_dict(nnx.state(make_model(model, train, seed), nnx.Param)))
 
 
-def start_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
-    """The state before the first step that starts from `params`."""
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+def start_state(optimizer: optax.GradientTransformation, train: TrainConfig, params: Params) -> TrainState:
+    """The state before the first step that starts from the float32 `params`."""
+    kept = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(train.param_dtype)), params)
+    return TrainState(step=jnp.zeros((), jnp.int32), params=kept, opt_state=optimizer.init(params))
+
+
+def exact_params(state: TrainState) -> Params:
+    """The float32 parameters that a state stands for: its masters where it has any."""
+    if isinstance(state.opt_state, Masters):
+        return state.opt_state.params
+    return state.params
 
 
 def _make_hidden(
@@ -144,11 +153,14 @@ def _loss(losses: Losses, params: Params, batch: TrainBatch) -> tuple[Float[Arra
     return jnp.sum(weighted), (jnp.sum(correct * batch.loss_weights), jnp.all(jnp.isfinite(weighted), axis=-1))
 
 
-def accumulate(losses: Losses, params: Params, sums: Sums | None, batch: TrainBatch) -> tuple[Sums, Rows]:
+def accumulate(
+    losses: Losses, train: TrainConfig, params: Params, sums: Sums | None, batch: TrainBatch
+) -> tuple[Sums, Rows]:
     """Adds a batch's loss and gradient to an optimiser step's sums.
 
     Args:
       losses: from `make_losses`.
+      train: of several batches a step, gradients are summed in float32 whatever the parameters' dtype.
       params: the model's parameters.
       sums: of the batches before; None for the first.
       batch: of any shape; batches of one step may differ in theirs.
@@ -159,6 +171,8 @@ def accumulate(losses: Losses, params: Params, sums: Sums | None, batch: TrainBa
     (loss, (correct, finite)), grads = jax.value_and_grad(lambda params: _loss(losses, params, batch), has_aux=True)(
         params
     )
+    if train.accumulation > 1:
+        grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
     own = Sums(
         grads=grads,
         loss=loss,
