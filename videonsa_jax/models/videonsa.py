@@ -45,7 +45,8 @@ class VideoNSA(nnx.Module):
       rngs: the source of initial weights.
       dtype: of activations and matrix products; norms, softmax, losses and logits are float32 whatever it is.
       param_dtype: in which parameters are kept.
-      remat: recompute each layer in the backward pass instead of keeping its activations.
+      remat: what the backward pass keeps of each layer but the last decoder layer, where it begins: "none" (of the
+        layer, everything), "full" (nothing), "minimal" or "attention_outputs"; see `remat.checkpointed`.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class VideoNSA(nnx.Module):
         *,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
-        remat: bool = False,
+        remat: str = "none",
     ):
         text = config.text
         options = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}

@@ -5,6 +5,7 @@ from typing import Literal
 
 from videonsa_jax.configs import ModelConfig, tiny
 from videonsa_jax.data.config import DataConfig
+from videonsa_jax.models.remat import REMATS, Remat
 
 
 def _require(condition: bool, group: str, name: str, value: int | float, expected: str) -> None:
@@ -71,7 +72,8 @@ class TrainConfig:
       dtype: of activations; losses and the optimiser's arithmetic are float32.
       param_dtype: of the parameters and their gradients; in bfloat16, the optimiser's state has float32 masters, which
         are what it updates and what is exported.
-      remat: recompute each layer in the backward pass.
+      remat: what the backward pass keeps of each layer: "none" (everything), "full" (nothing: all is computed again),
+        "minimal" (products with weights) or "attention_outputs" (what attention returns and its gradient reads).
       loss_chunk: positions of each text row whose logits exist at a time (training/cross_entropy.py); 0 = all.
       log_every: steps between metric lines.
       eval_every: steps between held-out evaluations; 0 = only at the end.
@@ -87,7 +89,7 @@ class TrainConfig:
     kernel: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: bool = False
+    remat: Remat = "none"
     loss_chunk: int = 256
     log_every: int = 10
     eval_every: int = 0
@@ -99,6 +101,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "accumulation", "log_every", "keep"):
             _require(getattr(self, name) >= 1, "train", name, getattr(self, name), "at least 1")
+        if isinstance(self.remat, bool):
+            raise ValueError(
+                f"train.remat is {self.remat}, expected one of {', '.join(REMATS)}: "
+                f'it was a switch once, and {self.remat} is now "{"full" if self.remat else "none"}"'
+            )
         for name in ("eval_every", "eval_contexts", "save_every", "loss_chunk"):
             _require(getattr(self, name) >= 0, "train", name, getattr(self, name), "at least 0")
 
