@@ -1,5 +1,6 @@
 """Rematerialisation policies: the same gradients, what is computed again, and what is kept."""
 
+import dataclasses
 from collections import Counter
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 from jaxpr_reading import every_equation
 from model_cases import assert_close, build, loss, loss_and_gradients, make_batch, small_config, words
 
-from videonsa_jax.models.remat import REMATS
+from videonsa_jax.models.remat import REMATS, checkpointed
 from videonsa_jax.streams import Batch, Visual
 
 
@@ -59,12 +60,15 @@ def test_a_policy_computes_again_what_its_name_says_and_keeps_the_rest(batch: Ba
 
 
 def test_policies_change_no_gradient(batch: Batch) -> None:
-    expected = loss_and_gradients(build(small_config()), batch)
+    config = small_config()
+    vision = dataclasses.replace(config.vision, depth=1, fullatt_block_indexes=(0,))
+    config = dataclasses.replace(config, vision=vision, text=dataclasses.replace(config.text, num_hidden_layers=2))
+    expected = loss_and_gradients(build(config), batch)
     for remat in set(REMATS) - {"none"}:
         # 2e-5: the same float32 numbers, fused and summed in another order.
-        assert_close(loss_and_gradients(build(small_config(), remat=remat), batch), expected, 2e-5)
+        assert_close(loss_and_gradients(build(config, remat=remat), batch), expected, 2e-5)
 
 
-def test_an_unknown_policy_is_named(batch: Batch) -> None:
+def test_an_unknown_policy_is_named() -> None:
     with pytest.raises(ValueError, match="remat is 'some', expected one of none, full, minimal, attention_outputs"):
-        build(small_config(), remat="some")(batch)
+        checkpointed(jnp.sin, "some", prevent_cse=True)

@@ -33,7 +33,7 @@ FREE_FIELDS = (
 )
 
 # Fields that earlier versions did not have, with the value that stands for what they did.
-LATER_FIELDS = {"train.param_dtype": "float32", "optimizer.moment_dtype": "float32"}
+LATER_FIELDS = {"train.param_dtype": "float32", "optimizer.moment_dtype": "float32", "train.frozen": []}
 
 
 def open_checkpoints(workdir: Path, keep: int) -> ocp.CheckpointManager:

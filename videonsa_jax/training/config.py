@@ -74,6 +74,8 @@ class TrainConfig:
         are what it updates and what is exported.
       remat: what the backward pass keeps of each layer: "none" (everything), "full" (nothing: all is computed again),
         "minimal" (products with weights) or "attention_outputs" (what attention returns and its gradient reads).
+      frozen: parameters that stay as they are: "vision", "merger", "llm" or regular expressions for their paths
+        (training/frozen.py), comma-separated on the command line.
       loss_chunk: positions of each text row whose logits exist at a time (training/cross_entropy.py); 0 = all.
       log_every: steps between metric lines.
       eval_every: steps between held-out evaluations; 0 = only at the end.
@@ -90,6 +92,7 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Remat = "none"
+    frozen: tuple[str, ...] = ()
     loss_chunk: int = 256
     log_every: int = 10
     eval_every: int = 0

@@ -24,6 +24,7 @@ from videonsa_jax.training import checkpoints
 from videonsa_jax.training.config import Experiment
 from videonsa_jax.training.environment import environment
 from videonsa_jax.training.errors import usage_errors
+from videonsa_jax.training.frozen import split_params
 from videonsa_jax.training.heldout import evaluate
 from videonsa_jax.training.mesh import check_batch_size, make_mesh, place_batch, state_shardings
 from videonsa_jax.training.metrics import (
@@ -187,7 +188,8 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
         schedule = learning_rate(experiment.optimizer, config.steps)
         optimizer = make_optimizer(experiment.optimizer, config.steps, config.param_dtype)
         init = functools.partial(init_state, experiment.model, config, seed, optimizer)
-        shapes = jax.eval_shape(init)
+        with usage_errors():
+            shapes = jax.eval_shape(init)
         shardings = state_shardings(shapes, mesh)
         forward = make_forward(experiment.model, config, mesh)
         losses = make_losses(experiment.model, config, mesh)
@@ -200,7 +202,9 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
                 with usage_errors():
                     params = pretrained_params(experiment, shardings.params)
                 begin = functools.partial(start_state, optimizer, config)
-                state = jax.jit(begin, out_shardings=shardings, donate_argnums=0)(params)
+                # Frozen parameters that are rounded leave no use for their float32 values.
+                donated = () if config.frozen and config.param_dtype != "float32" else 0
+                state = jax.jit(begin, out_shardings=shardings, donate_argnums=donated)(params)
             else:
                 state = jax.jit(init, out_shardings=shardings)()
             spent["compile_seconds"] += time.perf_counter() - start
@@ -217,7 +221,7 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
         add_batch = TimedJit(
             functools.partial(accumulate, losses, config),
             donate_argnums=1,
-            out_shardings=(Sums(grads=shardings.params, **scalars), replicated),
+            out_shardings=(Sums(grads=split_params(shardings.params, config.frozen)[0], **scalars), replicated),
         )
         update = TimedJit(
             functools.partial(apply_gradients, optimizer, schedule),

@@ -21,6 +21,7 @@ from videonsa_jax.models import VideoNSA
 from videonsa_jax.streams import ArrayLike, Batch, TrainBatch, register_pytree
 from videonsa_jax.training.config import TrainConfig
 from videonsa_jax.training.cross_entropy import token_losses
+from videonsa_jax.training.frozen import join_params, params_like, split_params
 from videonsa_jax.training.optimizer import Masters
 
 type Params = dict[str, Any]
@@ -51,7 +52,7 @@ class Sums:
     """Sums over the batches of an optimiser step, over all hosts; scalars but for `grads`.
 
     Attributes:
-      grads: gradient of `loss`.
+      grads: gradient of `loss` in the trained parameters.
       loss: cross-entropies of the answer tokens.
       answer_tokens: how many there are.
       correct: how many of them have the largest logit.
@@ -95,16 +96,16 @@ def init_state(
 
 
 def start_state(optimizer: optax.GradientTransformation, train: TrainConfig, params: Params) -> TrainState:
-    """The state before the first step that starts from the float32 `params`."""
+    """The state before the first step that starts from the float32 `params`; errors as `split_params`."""
+    trained, _ = split_params(params, train.frozen)
     kept = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(train.param_dtype)), params)
-    return TrainState(step=jnp.zeros((), jnp.int32), params=kept, opt_state=optimizer.init(params))
+    return TrainState(step=jnp.zeros((), jnp.int32), params=kept, opt_state=optimizer.init(trained))
 
 
 def exact_params(state: TrainState) -> Params:
     """The float32 parameters that a state stands for: its masters where it has any."""
-    if isinstance(state.opt_state, Masters):
-        return state.opt_state.params
-    return state.params
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state.params)
+    return join_params(params, state.opt_state.params) if isinstance(state.opt_state, Masters) else params
 
 
 def _make_hidden(
@@ -160,7 +161,7 @@ def accumulate(
 
     Args:
       losses: from `make_losses`.
-      train: of several batches a step, gradients are summed in float32 whatever the parameters' dtype.
+      train: says which parameters are trained; of several batches a step, gradients are summed in float32.
       params: the model's parameters.
       sums: of the batches before; None for the first.
       batch: of any shape; batches of one step may differ in theirs.
@@ -168,9 +169,12 @@ def accumulate(
     Returns:
       The sums with this batch, and its rows.
     """
-    (loss, (correct, finite)), grads = jax.value_and_grad(lambda params: _loss(losses, params, batch), has_aux=True)(
-        params
-    )
+    trained, frozen = split_params(params, train.frozen)
+
+    def of_trained(trained: Params) -> tuple[Float[Array, ""], tuple]:
+        return _loss(losses, join_params(frozen, trained), batch)
+
+    (loss, (correct, finite)), grads = jax.value_and_grad(of_trained, has_aux=True)(trained)
     if train.accumulation > 1:
         grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
     own = Sums(
@@ -205,8 +209,10 @@ def apply_gradients(
     grads = jax.tree.map(lambda grad: grad / count, sums.grads)
     loss, grad_norm = sums.loss / count, optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    updated = TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    trained = params_like(state.params, grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    params = join_params(state.params, optax.apply_updates(trained, updates))
+    updated = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
     metrics = {
         "loss": loss,
         "grad_norm": grad_norm,
