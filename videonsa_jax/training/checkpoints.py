@@ -18,6 +18,7 @@ FREE_FIELDS = (
     "train.kernel",
     "train.remat",
     "train.loss_chunk",
+    "train.offload_optimizer",
     "train.log_every",
     "train.eval_every",
     "train.eval_contexts",

@@ -76,6 +76,8 @@ class TrainConfig:
         "minimal" (products with weights) or "attention_outputs" (what attention returns and its gradient reads).
       frozen: parameters that stay as they are: "vision", "merger", "llm" or regular expressions for their paths
         (training/frozen.py), comma-separated on the command line.
+      offload_optimizer: keep the optimiser's state in host memory but while it is used; needs devices with pinned host
+        memory.
       loss_chunk: positions of each text row whose logits exist at a time (training/cross_entropy.py); 0 = all.
       log_every: steps between metric lines.
       eval_every: steps between held-out evaluations; 0 = only at the end.
@@ -93,6 +95,7 @@ class TrainConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Remat = "none"
     frozen: tuple[str, ...] = ()
+    offload_optimizer: bool = False
     loss_chunk: int = 256
     log_every: int = 10
     eval_every: int = 0

@@ -1,6 +1,7 @@
 """The training run, from top to bottom."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -26,7 +27,14 @@ from videonsa_jax.training.environment import environment
 from videonsa_jax.training.errors import usage_errors
 from videonsa_jax.training.frozen import split_params
 from videonsa_jax.training.heldout import evaluate
-from videonsa_jax.training.mesh import check_batch_size, make_mesh, place_batch, state_shardings
+from videonsa_jax.training.mesh import (
+    check_batch_size,
+    check_model_size,
+    in_host_memory,
+    make_mesh,
+    place_batch,
+    state_shardings,
+)
 from videonsa_jax.training.metrics import (
     METRICS_FILE,
     MetricsWriter,
@@ -145,6 +153,7 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
                 raise ValueError(f"pretrained is {experiment.pretrained!r}, expected a local Hugging Face folder")
             mesh = make_mesh(experiment.mesh)
             check_batch_size(experiment.data.contexts_per_batch, mesh)
+            check_model_size(experiment.model.text.num_key_value_heads, mesh)
             workdir.mkdir(parents=True, exist_ok=True)
             manager = checkpoints.open_checkpoints(workdir, config.keep)
             resources.callback(manager.close)
@@ -191,6 +200,10 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
         with usage_errors():
             shapes = jax.eval_shape(init)
         shardings = state_shardings(shapes, mesh)
+        if config.offload_optimizer:
+            with usage_errors():
+                on_host = in_host_memory(shapes.opt_state, shardings.opt_state)
+            shardings = dataclasses.replace(shardings, opt_state=on_host)
         forward = make_forward(experiment.model, config, mesh)
         losses = make_losses(experiment.model, config, mesh)
         with usage_errors():  # an attention or kernel that does not cover this model says so when it is traced
@@ -224,7 +237,7 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
             out_shardings=(Sums(grads=split_params(shardings.params, config.frozen)[0], **scalars), replicated),
         )
         update = TimedJit(
-            functools.partial(apply_gradients, optimizer, schedule),
+            functools.partial(apply_gradients, optimizer, schedule, offloaded=config.offload_optimizer),
             donate_argnums=0,
             out_shardings=(shardings, replicated),
         )

@@ -4,6 +4,7 @@ An optimiser step is `accumulate`, once per batch, then `apply_gradients`. Sums 
 has been counted and are divided once, so that accumulation equals one large batch.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -190,7 +191,12 @@ def accumulate(
 
 
 def apply_gradients(
-    optimizer: optax.GradientTransformation, schedule: optax.Schedule, state: TrainState, sums: Sums
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    state: TrainState,
+    sums: Sums,
+    *,
+    offloaded: bool = False,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimiser update; where the loss or the gradient is not finite, the state stays as it was.
 
@@ -199,11 +205,15 @@ def apply_gradients(
       schedule: from `learning_rate`; reported only.
       state: before the step.
       sums: over the step's batches.
+      offloaded: the optimiser's state arrives in host memory.
 
     Returns:
       The state after the step, and its metrics: loss (per answer token), grad_norm (before clipping), learning_rate,
       answer_tokens, token_accuracy, visual_tokens, text_tokens, and finite.
     """
+    if offloaded:
+        opt_state = jax.tree.map(lambda leaf: jax.device_put(leaf, jax.memory.Space.Device), state.opt_state)
+        state = dataclasses.replace(state, opt_state=opt_state)
     # A step whose every row was replaced has no answer token: its gradient is 0, not 0 / 0.
     count = jnp.maximum(sums.answer_tokens, 1)
     grads = jax.tree.map(lambda grad: grad / count, sums.grads)
