@@ -44,7 +44,7 @@ from videonsa_jax.training.config import Experiment, MeshConfig
 from videonsa_jax.training.environment import environment
 from videonsa_jax.training.mesh import make_mesh
 from videonsa_jax.training.optimizer import learning_rate, make_optimizer
-from videonsa_jax.training.step import accumulate, apply_gradients, init_state, make_forward, make_model
+from videonsa_jax.training.step import accumulate, apply_gradients, init_state, make_forward, make_losses, make_model
 
 type Piece = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -223,15 +223,20 @@ def model_pieces(experiment: Experiment, batch: TrainBatch) -> Iterator[tuple[st
     yield "vision f", (encode, (tower, pixels, grids))
     yield "vision f+b", with_gradient(encode, (tower, pixels, grids), 1)
 
-    optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
+    optimizer = make_optimizer(experiment.optimizer, experiment.train.steps, experiment.train.param_dtype)
     schedule = learning_rate(experiment.optimizer, experiment.train.steps)
     state = jax.jit(functools.partial(init_state, experiment.model, experiment.train, 0, optimizer))()
-    forward = make_forward(experiment.model, experiment.train, make_mesh(MeshConfig(), jax.devices()[:1]))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    forward = make_forward(experiment.model, experiment.train, mesh)
+    losses = make_losses(experiment.model, experiment.train, mesh)
     yield "model f", (forward, (state.params, batch.inputs))
-    yield "model f+b (accumulate)", (functools.partial(accumulate, forward), (state.params, None, batch))
+    yield (
+        "model f+b (accumulate)",
+        (functools.partial(accumulate, losses, experiment.train), (state.params, None, batch)),
+    )
 
     def step(state: Any, batch: TrainBatch) -> Any:
-        sums, _ = accumulate(forward, state.params, None, batch)
+        sums, _ = add_batch(state.params, None, batch)
         return apply_gradients(optimizer, schedule, state, sums)
 
     yield "step", (step, (state, batch))

@@ -18,6 +18,10 @@ def nsa_video_7b() -> Experiment:
     question each): 6,750 steps. 4 frames a second, at most 50,176 pixels a frame, at most 36 K tokens. All weights are
     trained: AdamW, peak 1e-6, warm-up over a tenth of the steps, cosine. The paper keeps videos of 350 to 550 sampled
     frames: give a JSON file of those.
+
+    Less memory: --set train.param_dtype=bfloat16 (float32 masters in the optimiser's state), --set
+    optimizer.moment_dtype=bfloat16, --set train.remat=attention_outputs (more than "full", and faster), and
+    --set train.frozen=vision, or any of vision, merger and llm (training/frozen.py).
     """
     return Experiment(
         pretrained=REQUIRED,
@@ -36,5 +40,5 @@ def nsa_video_7b() -> Experiment:
         ),
         optimizer=OptimizerConfig(),
         mesh=MeshConfig(data=1, fsdp=-1),
-        train=TrainConfig(steps=6750, accumulation=4, dtype="bfloat16", remat=True, save_every=250),
+        train=TrainConfig(steps=6750, accumulation=4, dtype="bfloat16", remat="full", save_every=250),
     )

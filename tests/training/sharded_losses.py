@@ -11,13 +11,22 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backen
 import dataclasses
 
 import jax
-from training_fakes import FakePipeline, random_batch, tiny_experiment
+from training_fakes import (
+    FakePipeline,
+    random_batch,
+    tiny_experiment,
+    toy_init_state,
+    toy_make_forward,
+    toy_make_losses,
+)
 
 from videonsa_jax.training import loop, mesh
 from videonsa_jax.training.config import MeshConfig
 
 mesh.MIN_SHARDED_SIZE = 1  # the model is small: shard what can be
 loop.build_pipeline = lambda *_, split, **__: FakePipeline(split, lambda index: random_batch(index, 8), 8)
+# `sharded_gradients` has the model; here are the loop, the optimiser and where its state lies.
+loop.init_state, loop.make_forward, loop.make_losses = toy_init_state, toy_make_forward, toy_make_losses
 make_mesh = mesh.make_mesh
 results = {}
 for name in sys.argv[1:]:

@@ -12,7 +12,7 @@ from training_fakes import tiny_experiment
 
 from videonsa_jax.configs import tiny
 from videonsa_jax.training import checkpoints
-from videonsa_jax.training.config import MeshConfig
+from videonsa_jax.training.config import MeshConfig, TrainConfig
 from videonsa_jax.training.mesh import make_mesh, state_shardings
 
 STATE = {"step": jnp.zeros((), jnp.int32), "params": {"kernel": jnp.arange(6.0).reshape(2, 3)}}
@@ -56,6 +56,22 @@ def test_a_config_that_differs_is_refused(tmp_path: Path, change: dict, message:
     with pytest.raises(ValueError, match=message):
         checkpoints.check_same_config(manager, 1, dataclasses.replace(experiment, **change))
     manager.close()
+
+
+def test_remat_may_change_and_its_old_switch_is_explained(tmp_path: Path) -> None:
+    old = TrainConfig()
+    object.__setattr__(old, "remat", True)  # the type checker of the tests stands before the constructor
+    with pytest.raises(ValueError, match=r'train\.remat is True, expected one of none, full, .* True is now "full"'):
+        old.__post_init__()
+    experiment = tiny_experiment()
+    config = checkpoints.config_dict(experiment)
+    config["train"]["remat"] = False
+    with checkpoints.open_checkpoints(tmp_path, keep=1) as manager:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoints, "config_dict", lambda _: config)
+            checkpoints.save(manager, 1, STATE, {}, experiment)
+        manager.wait_until_finished()
+        checkpoints.check_same_config(manager, 1, tiny_experiment(remat="full"))
 
 
 KILLED_WHILE_SAVING = """

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from training_fakes import (
     tiny_experiment,
     toy_init_state,
     toy_make_forward,
+    toy_make_losses,
 )
 
 from videonsa_jax.data.sources import DataError
@@ -41,6 +43,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         if toy:
             monkeypatch.setattr(loop, "init_state", toy_init_state)
             monkeypatch.setattr(loop, "make_forward", toy_make_forward)
+            monkeypatch.setattr(loop, "make_losses", toy_make_losses)
         return loop.train(experiment, workdir, **options)
 
     return run
@@ -155,6 +158,26 @@ def test_accumulated_batches_equal_one_large_batch(run, tmp_path: Path) -> None:
         # 1e-5: sums of float32 numbers in another order; the later steps see the earlier updates.
         np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-5)
         np.testing.assert_allclose(other["grad_norm"], one["grad_norm"], rtol=1e-4)
+
+
+def test_an_offloaded_optimizer_state_lives_on_the_host_and_changes_nothing(
+    run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kinds = []
+
+    def spy(*args: Any) -> None:
+        kinds.append({leaf.sharding.memory_kind for leaf in jax.tree.leaves(args[2].opt_state) if leaf.ndim})
+        return save(*args)
+
+    save = loop.checkpoints.save
+    monkeypatch.setattr(loop.checkpoints, "save", spy)
+    assert run(tiny_experiment(steps=4), tmp_path) == 0
+    expected = losses(tmp_path)
+    # Where it lives is no part of a checkpoint: the same run goes on.
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    assert run(tiny_experiment(steps=4, offload_optimizer=True, save_every=1), tmp_path) == 0
+    assert kinds == [{"device"}] * 3 + [{"pinned_host"}] * 3  # the last step's is asked for twice
+    assert losses(tmp_path) == expected
 
 
 def test_another_config_is_refused_and_the_field_named(run, tmp_path: Path) -> None:

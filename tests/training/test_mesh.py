@@ -1,10 +1,19 @@
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 from training_fakes import random_batch
 
+from videonsa_jax.training import mesh as mesh_module
 from videonsa_jax.training.config import MeshConfig
-from videonsa_jax.training.mesh import check_batch_size, make_mesh, place_batch, state_shardings
+from videonsa_jax.training.mesh import (
+    check_batch_size,
+    check_model_size,
+    in_host_memory,
+    make_mesh,
+    place_batch,
+    state_shardings,
+)
 
 ONE = jax.devices()[:1]
 
@@ -28,9 +37,49 @@ def test_a_mesh_that_does_not_fit_says_so(config: MeshConfig, message: str) -> N
 
 
 @pytest.mark.parametrize("axis", ["context", "tensor"])
-def test_axes_that_are_not_sharded_yet_are_refused(axis: str) -> None:
-    with pytest.raises(ValueError, match=f"mesh.{axis} is 2, but only data and fsdp may exceed 1"):
+def test_axes_that_may_not_cross_hosts_yet_are_refused(axis: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=f"mesh.{axis} is 2 on 2 hosts, expected 1 on more than one host so far"):
         make_mesh(MeshConfig(data=1, **{axis: 2}), ONE * 2)
+
+
+def test_kv_heads_must_divide_over_the_mesh() -> None:
+    mesh = AbstractMesh((1, 1, 1, 4), ("data", "fsdp", "context", "tensor"))
+    check_model_size(4, mesh)
+    with pytest.raises(ValueError, match=r"mesh\.tensor is 4, expected a divisor of the model's 2 KV heads"):
+        check_model_size(2, mesh)
+
+
+def test_tensor_splits_heads_the_inside_of_mlps_and_the_vocabulary() -> None:
+    mesh = AbstractMesh((1, 2, 1, 4), ("data", "fsdp", "context", "tensor"))
+    shapes = {
+        "decoder": {
+            "layers": {
+                "self_attn": {"q_proj": {"kernel": (6, 512, 1024)}, "o_proj": {"kernel": (6, 1024, 512)}},
+                "mlp": {"up_proj": {"kernel": (6, 512, 1408)}, "down_proj": {"kernel": (6, 1408, 512)}},
+            }
+        },
+        "lm_head": {"kernel": (512, 4096)},
+        "embed_tokens": {"embedding": (4096, 512)},
+        "visual": {"blocks": {"mlp": {"up_proj": {"kernel": (6, 512, 1408)}}}},
+    }
+    state = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, "float32"), shapes, is_leaf=lambda leaf: isinstance(leaf, tuple)
+    )
+    specs = jax.tree.map(lambda sharding: sharding.spec, state_shardings({"mu": state, "params": state}, mesh))
+    assert specs["mu"] == specs["params"]
+    columns, rows = PartitionSpec(None, "fsdp", "tensor"), PartitionSpec(None, "tensor", "fsdp")
+    assert specs["params"] == {
+        "decoder": {
+            "layers": {
+                "self_attn": {"q_proj": {"kernel": columns}, "o_proj": {"kernel": rows}},
+                "mlp": {"up_proj": {"kernel": columns}, "down_proj": {"kernel": rows}},
+            }
+        },
+        "lm_head": {"kernel": PartitionSpec("fsdp", "tensor")},
+        "embed_tokens": {"embedding": PartitionSpec("tensor", "fsdp")},
+        "visual": {"blocks": {"mlp": {"up_proj": {"kernel": PartitionSpec(None, None, "fsdp")}}}},
+    }
 
 
 def test_contexts_must_divide_over_the_mesh() -> None:
@@ -69,3 +118,13 @@ def test_batches_are_split_along_their_contexts() -> None:
     assert placed.inputs.text_positions.sharding.spec == PartitionSpec(None, ("data", "fsdp"))
     assert placed.inputs.patches.sharding.spec == PartitionSpec(("data", "fsdp"))
     assert placed.loss_weights.sharding.spec == PartitionSpec(("data", "fsdp"))
+
+
+def test_devices_without_pinned_host_memory_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"count": jnp.zeros(()), "mu": jnp.zeros(4)}
+    shardings = state_shardings(state, make_mesh(MeshConfig(), ONE))
+    kinds = jax.tree.map(lambda sharding: sharding.memory_kind, in_host_memory(state, shardings))
+    assert kinds == {"count": "device", "mu": "pinned_host"}
+    monkeypatch.setattr(mesh_module, "HOST_MEMORY", "no_such_memory")
+    with pytest.raises(ValueError, match=r"train\.offload_optimizer is true, but a cpu has the memories device, "):
+        in_host_memory(state, shardings)

@@ -21,6 +21,7 @@ from videonsa_jax.training.step import (
     choose_options,
     init_state,
     make_forward,
+    make_losses,
 )
 
 EXPERIMENT = tiny_experiment()
@@ -46,13 +47,15 @@ def setup() -> Setup:
     draw = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(0.2 * draw.standard_normal(leaf.shape, np.float32)), shapes)
     state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
-    forward = make_forward(EXPERIMENT.model, EXPERIMENT.train, make_mesh(MeshConfig(), jax.devices()[:1]))
-    sums, _ = jax.eval_shape(functools.partial(accumulate, forward), params, None, random_batch(0))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    forward = make_forward(EXPERIMENT.model, EXPERIMENT.train, mesh)
+    losses = make_losses(EXPERIMENT.model, EXPERIMENT.train, mesh)
+    sums, _ = jax.eval_shape(functools.partial(accumulate, losses, EXPERIMENT.train), params, None, random_batch(0))
     return Setup(
         state=state,
         zeros=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums),
         forward=jax.jit(forward),
-        add=jax.jit(functools.partial(accumulate, forward)),
+        add=jax.jit(functools.partial(accumulate, losses, EXPERIMENT.train)),
         apply=jax.jit(functools.partial(apply_gradients, optimizer, schedule)),
         choose=jax.jit(functools.partial(choose_options, forward)),
     )
@@ -130,7 +133,9 @@ def test_bfloat16_keeps_parameters_gradients_and_losses_in_float32() -> None:
     experiment = tiny_experiment(dtype="bfloat16")
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     state = jax.eval_shape(lambda: init_state(experiment.model, experiment.train, 0, optax.adamw(1e-3)))
-    forward = make_forward(experiment.model, experiment.train, mesh)
-    sums, _ = jax.eval_shape(functools.partial(accumulate, forward), state.params, None, random_batch(4))
+    losses = make_losses(experiment.model, experiment.train, mesh)
+    sums, _ = jax.eval_shape(
+        functools.partial(accumulate, losses, experiment.train), state.params, None, random_batch(4)
+    )
     floats = [leaf for leaf in jax.tree.leaves((state, sums)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}

@@ -82,6 +82,18 @@ def toy_make_forward(model: ModelConfig, train: TrainConfig, mesh: jax.sharding.
     return forward
 
 
+def toy_make_losses(model: ModelConfig, train: TrainConfig, mesh: jax.sharding.Mesh) -> Any:
+    """Stands in for `make_losses`."""
+    forward = toy_make_forward(model, train, mesh)
+
+    def losses(params: dict, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
+        logits = forward(params, batch.inputs)
+        entropy = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+        return entropy, jnp.argmax(logits, axis=-1) == batch.targets
+
+    return losses
+
+
 def random_batch(seed: int, contexts: int = CONTEXTS) -> TrainBatch:
     """A batch that depends on its seed alone; two to four answer tokens a row, the last context shorter."""
     random = np.random.default_rng(seed)

@@ -19,6 +19,7 @@ from pallas_kernels import merge_by_lse, nsa_attention, nsa_attention_sharded, p
 from videonsa_jax.configs import NSAConfig, TextConfig
 from videonsa_jax.models import released, rope
 from videonsa_jax.models.layers import fan_in_init, linear, residual_scale
+from videonsa_jax.models.remat import kept_attention
 from videonsa_jax.streams import Batch
 
 type AttentionKind = Literal["nsa", "dense"]
@@ -112,20 +113,19 @@ def _prefix(
     def attend(query: Array, key: Array, value: Array, visible: Array, key_lengths: Array) -> tuple[Array, Array]:
         return prefix_attention(query, key, value, visible, key_lengths, implementation=options.implementation)
 
-    mesh = options.mesh
-    if mesh is None or mesh.size == 1:
-        return attend(query, key, value, visible, key_lengths)
-    data, heads = _data_axes(mesh), _mesh_axis(mesh, TENSOR_AXIS)
-    of_query = PartitionSpec(data, None, None, heads)
-    of_key = PartitionSpec(data, *[None] * (key.ndim - 3), heads)
-    sharded = jax.shard_map(
-        attend,
-        mesh=mesh,
-        in_specs=(of_query, of_key, of_key, PartitionSpec(data), PartitionSpec(data)),
-        out_specs=(of_query, of_query),
-        check_vma=False,
-    )
-    return sharded(query, key, value, visible, key_lengths)
+    mesh, on_mesh = options.mesh, attend
+    if mesh is not None and mesh.size > 1:
+        data, heads = _data_axes(mesh), _mesh_axis(mesh, TENSOR_AXIS)
+        of_query = PartitionSpec(data, None, None, heads)
+        of_key = PartitionSpec(data, *[None] * (key.ndim - 3), heads)
+        on_mesh = jax.shard_map(
+            attend,
+            mesh=mesh,
+            in_specs=(of_query, of_key, of_key, PartitionSpec(data), PartitionSpec(data)),
+            out_specs=(of_query, of_query),
+            check_vma=False,
+        )
+    return kept_attention(lambda arrays, places: on_mesh(*arrays, *places), (query, key, value), (visible, key_lengths))
 
 
 class Attention(nnx.Module):
@@ -203,24 +203,25 @@ class Attention(nnx.Module):
             "init_blocks": self.nsa.init_blocks,
             "local_blocks": self.nsa.local_blocks,
             "branches": self.nsa.branches,
-            "q_offset": places.visual_offset,
-            "lengths": places.visual_lengths,
             "implementation": options.implementation,
         }
-        mesh = options.mesh
-        gates = self.gate_logits(x)
+        mesh, places_of_keys = options.mesh, {"lengths": places.visual_lengths}
         if mesh is None or mesh.size == 1:
-            return self.output(nsa_attention(query, *visual_kv, gates, **arguments))
-        del arguments["q_offset"]  # set by nsa_attention_sharded, whose queries are as many as its keys
-        heads = nsa_attention_sharded(
-            query,
-            *visual_kv,
-            gates,
-            mesh=mesh,
-            data_axes=_data_axes(mesh),
-            context_axis=_mesh_axis(mesh, CONTEXT_AXIS),
-            tensor_axis=_mesh_axis(mesh, TENSOR_AXIS),
-            **arguments,
+            attend = nsa_attention
+            is_static = isinstance(places.visual_offset, int)
+            (arguments if is_static else places_of_keys)["q_offset"] = places.visual_offset
+        else:  # sets q_offset itself; its queries are as many as its keys
+            attend = nsa_attention_sharded
+            arguments |= {
+                "mesh": mesh,
+                "data_axes": _data_axes(mesh),
+                "context_axis": _mesh_axis(mesh, CONTEXT_AXIS),
+                "tensor_axis": _mesh_axis(mesh, TENSOR_AXIS),
+            }
+        heads = kept_attention(
+            lambda arrays, places: attend(*arrays, **places, **arguments),
+            (query, *visual_kv, self.gate_logits(x)),
+            places_of_keys,
         )
         return self.output(heads)
 
@@ -278,6 +279,11 @@ class Attention(nnx.Module):
             )
         ]
         lengths = places.visual_lengths + places.text_lengths[:, 0]
-        heads = released.released_attention(*merged, lengths, self.nsa)
+        *arrays, in_video = merged
+        heads = kept_attention(
+            lambda arrays, places: released.released_attention(*arrays, *places, self.nsa),
+            tuple(arrays),
+            (in_video, lengths),
+        )
         visual, text = released.split_streams(heads, in_sequence)
         return self.output(visual), self.output(text)

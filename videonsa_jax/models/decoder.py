@@ -118,7 +118,7 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
-        remat: bool = False,
+        remat: str = "none",
     ):
         make = partial(DecoderLayer, config, nsa, dtype=dtype, param_dtype=param_dtype)
         self.layers = stack(lambda layer_rngs: make(rngs=layer_rngs), config.num_hidden_layers - 1, rngs)

@@ -10,6 +10,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from videonsa_jax.models.remat import checkpointed, weight_product
+
 UNROLLED_LAYERS = 4
 """Stacks of at most so many layers are compiled layer by layer: a loop would copy each layer's activations and weights
 into and out of stacked arrays."""
@@ -40,7 +42,7 @@ def _dot_general(
     # The kernel's gradient sums over all leading axes. Where there are several, XLA's CPU backend first copies both
     # operands. Elsewhere, flattening gains nothing and merges axes that may be split over devices.
     plain = functools.partial(jax.lax.dot_general, dimension_numbers=dimensions, **options)
-    return jax.lax.platform_dependent(x, kernel, cpu=rows_flattened, default=plain)
+    return weight_product(jax.lax.platform_dependent(x, kernel, cpu=rows_flattened, default=plain))
 
 
 def linear(
@@ -117,7 +119,7 @@ def stack[Layer: nnx.Module](make_layer: Callable[[nnx.Rngs], Layer], count: int
 
 
 def scan_stack[Layer: nnx.Module, Carry, Xs](
-    apply: Callable[[Layer, Carry, Xs], Carry], layers: Layer, carry: Carry, xs: Xs = None, *, remat: bool
+    apply: Callable[[Layer, Carry, Xs], Carry], layers: Layer, carry: Carry, xs: Xs = None, *, remat: str
 ) -> Carry:
     """Runs a stack of layers in order, compiling one layer only.
 
@@ -126,7 +128,7 @@ def scan_stack[Layer: nnx.Module, Carry, Xs](
       layers: what `stack` returned.
       carry: input of the first layer.
       xs: a pytree with a leading layer axis, given to the layers slice by slice.
-      remat: recompute a layer's inside in the backward pass instead of keeping it.
+      remat: what the backward pass keeps of a layer; see `remat.checkpointed`.
 
     Returns:
       The last layer's output.
@@ -137,7 +139,7 @@ def scan_stack[Layer: nnx.Module, Carry, Xs](
         parameters, x = inputs
         return apply(nnx.merge(graphdef, parameters), carry, x), None
 
-    # The loop already keeps XLA from merging the recomputation with the forward pass.
-    body = jax.checkpoint(body, prevent_cse=False) if remat else body
-    count = jax.tree.leaves(state)[0].shape[0]
-    return jax.lax.scan(body, carry, (state, xs), unroll=count <= UNROLLED_LAYERS)[0]
+    unrolled = jax.tree.leaves(state)[0].shape[0] <= UNROLLED_LAYERS
+    # A loop already keeps XLA from merging the recomputation with the forward pass.
+    body = checkpointed(body, remat, prevent_cse=unrolled)
+    return jax.lax.scan(body, carry, (state, xs), unroll=unrolled)[0]

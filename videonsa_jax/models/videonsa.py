@@ -45,7 +45,8 @@ class VideoNSA(nnx.Module):
       rngs: the source of initial weights.
       dtype: of activations and matrix products; norms, softmax, losses and logits are float32 whatever it is.
       param_dtype: in which parameters are kept.
-      remat: recompute each layer in the backward pass instead of keeping its activations.
+      remat: what the backward pass keeps of each layer but the last decoder layer, where it begins: "none" (of the
+        layer, everything), "full" (nothing), "minimal" or "attention_outputs"; see `remat.checkpointed`.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class VideoNSA(nnx.Module):
         *,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
-        remat: bool = False,
+        remat: str = "none",
     ):
         text = config.text
         options = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
@@ -168,11 +169,14 @@ class VideoNSA(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*L hidden"]) -> Float[Array, "*L V"]:
         """Projects hidden states to the vocabulary; products in the model's dtype, accumulated to float32."""
-        if self.config.text.tie_word_embeddings:
-            weights = self.embed_tokens.embedding[...].astype(self.dtype)
-            return jnp.einsum("...h,vh->...v", hidden, weights, preferred_element_type=jnp.float32)
-        weights = self.lm_head.kernel[...].astype(self.dtype)
+        weights = self.output_weights().astype(self.dtype)
         return jnp.einsum("...h,hv->...v", hidden, weights, preferred_element_type=jnp.float32)
+
+    def output_weights(self) -> Float[Array, "hidden V"]:
+        """Weights of the projection to the vocabulary, for losses that do not want all logits at once."""
+        if self.config.text.tie_word_embeddings:
+            return self.embed_tokens.embedding[...].T
+        return self.lm_head.kernel[...]
 
     def attention_kind(self, attention: str | None, rows: int, rows_share_prefix: bool = False) -> AttentionKind:
         """What `attention=None` means for this model.

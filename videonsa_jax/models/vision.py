@@ -24,6 +24,7 @@ from videonsa_jax.models.layers import (
     stack,
 )
 from videonsa_jax.models.patch_attention import PADDING, Windows, attend_patches
+from videonsa_jax.models.remat import kept_attention
 
 # CLIP's, as in Qwen2.5-VL's preprocessor_config.json.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -87,7 +88,13 @@ class VisionAttention(nnx.Module):
         query, key, value = (part.reshape(by_head) for part in jnp.split(self.qkv(x), 3, axis=-1))
         tables = jax.tree.map(lambda table: table[:, :, None], tables)
         query, key = rope.rotate(query, tables), rope.rotate(key, tables)
-        return self.proj(attend_patches(query, key, value, windows, is_full).reshape(frames, patches, hidden))
+
+        def attend(arrays: tuple[Array, ...], places: tuple[Array, Array]) -> Array:
+            number, is_full = places
+            return attend_patches(*arrays, Windows(number, windows.size), is_full)
+
+        attended = kept_attention(attend, (query, key, value), (windows.number, is_full))
+        return self.proj(attended.reshape(frames, patches, hidden))
 
 
 class VisionBlock(nnx.Module):
@@ -151,7 +158,7 @@ class VisionTower(nnx.Module):
     """Patch embedding, a stack of windowed and full-frame blocks, and the merger."""
 
     def __init__(
-        self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike, remat: bool = False
+        self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike, remat: str = "none"
     ):
         options = {"dtype": dtype, "param_dtype": param_dtype}
         self.patch_embed = PatchEmbed(config, rngs=rngs, **options)

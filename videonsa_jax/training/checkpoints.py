@@ -17,6 +17,8 @@ FREE_FIELDS = (
     "mesh",
     "train.kernel",
     "train.remat",
+    "train.loss_chunk",
+    "train.offload_optimizer",
     "train.log_every",
     "train.eval_every",
     "train.eval_contexts",
@@ -30,6 +32,9 @@ FREE_FIELDS = (
     "data.decode_seconds",
     "data.clips.render_workers",
 )
+
+# Fields that earlier versions did not have, with the value that stands for what they did.
+LATER_FIELDS = {"train.param_dtype": "float32", "optimizer.moment_dtype": "float32", "train.frozen": []}
 
 
 def open_checkpoints(workdir: Path, keep: int) -> ocp.CheckpointManager:
@@ -114,7 +119,8 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def check_same_config(manager: ocp.CheckpointManager, step: int, experiment: Experiment) -> None:
     """Raises a ValueError naming the fields if the checkpoint belongs to another computation."""
-    saved = _flatten(manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config)
+    config = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+    saved = LATER_FIELDS | _flatten(config)
     wanted = _flatten(config_dict(experiment))
     absent = "absent"
     different = [

@@ -5,6 +5,7 @@ from typing import Literal
 
 from videonsa_jax.configs import ModelConfig, tiny
 from videonsa_jax.data.config import DataConfig
+from videonsa_jax.models.remat import REMATS, Remat
 
 
 def _require(condition: bool, group: str, name: str, value: int | float, expected: str) -> None:
@@ -25,6 +26,7 @@ class OptimizerConfig:
       final_ratio: share of the peak left at the last step.
       weight_decay: applied to matrices only, not to norms and biases; with "muon", to what Muon updates only.
       max_grad_norm: global norm that gradients are clipped to.
+      moment_dtype: of the first and second moments; in bfloat16 they are rounded stochastically.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -38,6 +40,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps", "max_grad_norm"):
@@ -66,8 +69,16 @@ class TrainConfig:
       accumulation: batches per optimiser step.
       attention: what visual queries use; "dense" runs the same weights densely, gates unused.
       kernel: implementation of the attention operations ("auto" = the best for the device).
-      dtype: of activations; parameters, losses and optimiser state are float32.
-      remat: recompute each layer in the backward pass.
+      dtype: of activations; losses and the optimiser's arithmetic are float32.
+      param_dtype: of the parameters and their gradients; in bfloat16, the optimiser's state has float32 masters, which
+        are what it updates and what is exported.
+      remat: what the backward pass keeps of each layer: "none" (everything), "full" (nothing: all is computed again),
+        "minimal" (products with weights) or "attention_outputs" (what attention returns and its gradient reads).
+      frozen: parameters that stay as they are: "vision", "merger", "llm" or regular expressions for their paths
+        (training/frozen.py), comma-separated on the command line.
+      offload_optimizer: keep the optimiser's state in host memory but while it is used; needs devices with pinned host
+        memory.
+      loss_chunk: positions of each text row whose logits exist at a time (training/cross_entropy.py); 0 = all.
       log_every: steps between metric lines.
       eval_every: steps between held-out evaluations; 0 = only at the end.
       eval_contexts: held-out contexts per evaluation on the way; 0 = all. The last evaluation asks all.
@@ -81,7 +92,11 @@ class TrainConfig:
     attention: Literal["nsa", "dense"] = "nsa"
     kernel: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: bool = False
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Remat = "none"
+    frozen: tuple[str, ...] = ()
+    offload_optimizer: bool = False
+    loss_chunk: int = 256
     log_every: int = 10
     eval_every: int = 0
     eval_contexts: int = 0
@@ -92,7 +107,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "accumulation", "log_every", "keep"):
             _require(getattr(self, name) >= 1, "train", name, getattr(self, name), "at least 1")
-        for name in ("eval_every", "eval_contexts", "save_every"):
+        if isinstance(self.remat, bool):
+            raise ValueError(
+                f"train.remat is {self.remat}, expected one of {', '.join(REMATS)}: "
+                f'it was a switch once, and {self.remat} is now "{"full" if self.remat else "none"}"'
+            )
+        for name in ("eval_every", "eval_contexts", "save_every", "loss_chunk"):
             _require(getattr(self, name) >= 0, "train", name, getattr(self, name), "at least 0")
 
 

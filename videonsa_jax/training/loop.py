@@ -1,6 +1,7 @@
 """The training run, from top to bottom."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -24,8 +25,16 @@ from videonsa_jax.training import checkpoints
 from videonsa_jax.training.config import Experiment
 from videonsa_jax.training.environment import environment
 from videonsa_jax.training.errors import usage_errors
+from videonsa_jax.training.frozen import split_params
 from videonsa_jax.training.heldout import evaluate
-from videonsa_jax.training.mesh import check_batch_size, make_mesh, place_batch, state_shardings
+from videonsa_jax.training.mesh import (
+    check_batch_size,
+    check_model_size,
+    in_host_memory,
+    make_mesh,
+    place_batch,
+    state_shardings,
+)
 from videonsa_jax.training.metrics import (
     METRICS_FILE,
     MetricsWriter,
@@ -46,6 +55,7 @@ from videonsa_jax.training.step import (
     choose_options,
     init_state,
     make_forward,
+    make_losses,
     start_state,
 )
 
@@ -143,6 +153,7 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
                 raise ValueError(f"pretrained is {experiment.pretrained!r}, expected a local Hugging Face folder")
             mesh = make_mesh(experiment.mesh)
             check_batch_size(experiment.data.contexts_per_batch, mesh)
+            check_model_size(experiment.model.text.num_key_value_heads, mesh)
             workdir.mkdir(parents=True, exist_ok=True)
             manager = checkpoints.open_checkpoints(workdir, config.keep)
             resources.callback(manager.close)
@@ -184,21 +195,29 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
 
         # 3. State: shapes, then shardings, then arrays that are made (or loaded) where they belong.
         schedule = learning_rate(experiment.optimizer, config.steps)
-        optimizer = make_optimizer(experiment.optimizer, config.steps)
+        optimizer = make_optimizer(experiment.optimizer, config.steps, config.param_dtype)
         init = functools.partial(init_state, experiment.model, config, seed, optimizer)
-        shapes = jax.eval_shape(init)
+        with usage_errors():
+            shapes = jax.eval_shape(init)
         shardings = state_shardings(shapes, mesh)
+        if config.offload_optimizer:
+            with usage_errors():
+                on_host = in_host_memory(shapes.opt_state, shardings.opt_state)
+            shardings = dataclasses.replace(shardings, opt_state=on_host)
         forward = make_forward(experiment.model, config, mesh)
+        losses = make_losses(experiment.model, config, mesh)
         with usage_errors():  # an attention or kernel that does not cover this model says so when it is traced
             example = place_batch(pipelines["train"].empty_batch(pipelines["train"].shapes[0]), mesh)
-            jax.eval_shape(forward, shapes.params, example.inputs)
+            jax.eval_shape(losses, shapes.params, example)
         if saved_step is None:
             start = time.perf_counter()
             if experiment.pretrained:
                 with usage_errors():
                     params = pretrained_params(experiment, shardings.params)
-                begin = functools.partial(start_state, optimizer)
-                state = jax.jit(begin, out_shardings=shardings, donate_argnums=0)(params)
+                begin = functools.partial(start_state, optimizer, config)
+                # Frozen parameters that are rounded leave no use for their float32 values.
+                donated = () if config.frozen and config.param_dtype != "float32" else 0
+                state = jax.jit(begin, out_shardings=shardings, donate_argnums=donated)(params)
             else:
                 state = jax.jit(init, out_shardings=shardings)()
             spent["compile_seconds"] += time.perf_counter() - start
@@ -213,12 +232,12 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
         replicated = NamedSharding(mesh, PartitionSpec())
         scalars = dict.fromkeys(("loss", "answer_tokens", "correct", "visual_tokens", "text_tokens"), replicated)
         add_batch = TimedJit(
-            functools.partial(accumulate, forward),
+            functools.partial(accumulate, losses, config),
             donate_argnums=1,
-            out_shardings=(Sums(grads=shardings.params, **scalars), replicated),
+            out_shardings=(Sums(grads=split_params(shardings.params, config.frozen)[0], **scalars), replicated),
         )
         update = TimedJit(
-            functools.partial(apply_gradients, optimizer, schedule),
+            functools.partial(apply_gradients, optimizer, schedule, offloaded=config.offload_optimizer),
             donate_argnums=0,
             out_shardings=(shardings, replicated),
         )

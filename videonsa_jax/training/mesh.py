@@ -13,17 +13,27 @@ from videonsa_jax.training.config import MeshConfig
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
-NOT_YET_SHARDED = ("context", "tensor")
+HOST_MEMORY = "pinned_host"
 
 MIN_SHARDED_SIZE = 2**14  # smaller arrays are replicated: gathering them costs more than holding them
 
-type Rule = tuple[str, PartitionSpec | Literal["fsdp"]]
+type Rule = tuple[str, int | Literal["fsdp", "replicated"]]
 
-# The first rule whose pattern is found in an array's path decides. "fsdp" splits the largest axis that divides.
+# The first rule whose pattern is found in an array's path decides. A number is the axis split over `tensor`; over
+# `fsdp` goes, there and where a rule says so alone, the largest of the other axes that divides.
 RULES: tuple[Rule, ...] = (
-    (r"(^|/)(step|count|bias|scale)$", PartitionSpec()),
+    (r"(^|/)(step|count|bias|scale)$", "replicated"),
+    # Columns, then rows: one sum over `tensor` for each pair. Heads lie KV head by KV head, so a part has whole groups.
+    (r"(^|/)decoder/.*(q_proj|k_proj|v_proj|g_proj_2|gate_proj|up_proj)/kernel$", -1),
+    (r"(^|/)decoder/.*(o_proj|down_proj)/kernel$", -2),
+    # The vocabulary.
+    (r"(^|/)lm_head/kernel$", -1),
+    (r"(^|/)embed_tokens/embedding$", -2),
     (r"", "fsdp"),
 )
+
+# Axis of a batch's arrays that is split over `context`: frames, and tokens of the visual stream.
+CONTEXT_AXES = {"patches": 1, "frame_grids": 1, "visual_source": 1, "visual_positions": 2, "visible_text": 1}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -34,7 +44,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       devices: devices to lay out; None = all of them, over all hosts.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices, or an axis cannot be used yet.
+      ValueError: the sizes do not multiply to the number of devices, or an axis cannot be used on several hosts yet.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in AXES}
@@ -50,9 +60,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if int(np.prod(list(sizes.values()))) != len(devices):
         shape = " x ".join(f"{axis} {getattr(config, axis)}" for axis in AXES)
         raise ValueError(f"mesh {shape} does not fit {len(devices)} device(s)")
-    for axis in NOT_YET_SHARDED:
-        if sizes[axis] > 1:
-            raise ValueError(f"mesh.{axis} is {sizes[axis]}, but only data and fsdp may exceed 1 so far")
+    hosts = jax.process_count()
+    for axis in ("context", "tensor"):
+        # The loader gives each host contexts of its own: hosts that share some would have to read the same.
+        if sizes[axis] > 1 and hosts > 1:
+            raise ValueError(f"mesh.{axis} is {sizes[axis]} on {hosts} hosts, expected 1 on more than one host so far")
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
@@ -61,15 +73,20 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _spec(path: str, shape: tuple[int, ...], fsdp: int, rules: Sequence[Rule]) -> PartitionSpec:
-    spec = next(spec for pattern, spec in rules if re.search(pattern, path))
-    if spec != "fsdp":
-        return spec
-    divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
-    if not divisible or np.prod(shape) < MIN_SHARDED_SIZE:
+def _spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Sequence[Rule]) -> PartitionSpec:
+    rule = next(rule for pattern, rule in rules if re.search(pattern, path))
+    if rule == "replicated" or np.prod(shape) < MIN_SHARDED_SIZE:
         return PartitionSpec()
-    axis = max(divisible, key=lambda axis: shape[axis])
-    return PartitionSpec(*(None,) * axis, "fsdp")
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    names: list[str | None] = [None] * len(shape)
+    if rule != "fsdp" and tensor > 1 and shape[rule] % tensor == 0:
+        names[rule] = "tensor"
+    divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0 and names[axis] is None]
+    if divisible:
+        names[max(divisible, key=lambda axis: shape[axis])] = "fsdp"
+    while names and names[-1] is None:
+        names.pop()
+    return PartitionSpec(*names)
 
 
 def state_shardings(state: Any, mesh: Mesh | AbstractMesh, rules: Sequence[Rule] = RULES) -> Any:
@@ -78,20 +95,47 @@ def state_shardings(state: Any, mesh: Mesh | AbstractMesh, rules: Sequence[Rule]
     Args:
       state: pytree of arrays or of their shapes.
       mesh: from `make_mesh`.
-      rules: (pattern of the path, spec) in order of precedence.
+      rules: (pattern of the path, what is split) in order of precedence; see `RULES`.
 
     Returns:
       The same tree with a `NamedSharding` for each array.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, _spec(path_name(path), leaf.shape, mesh.shape["fsdp"], rules)), state
+        lambda path, leaf: NamedSharding(mesh, _spec(path_name(path), leaf.shape, mesh, rules)), state
+    )
+
+
+def in_host_memory(shapes: Any, shardings: Any) -> Any:
+    """The same shardings in the pinned memory of the devices' hosts; scalars stay where they are.
+
+    Args:
+      shapes: pytree of arrays or of their shapes.
+      shardings: theirs, from `state_shardings`.
+
+    Raises:
+      ValueError: the devices have no such memory.
+    """
+    device = next(iter(jax.tree.leaves(shardings)[0].device_set))
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST_MEMORY not in kinds:
+        raise ValueError(
+            f"train.offload_optimizer is true, but a {device.device_kind} has the memories {', '.join(kinds)}, "
+            f"expected one called {HOST_MEMORY}"
+        )
+    return jax.tree.map(
+        lambda leaf, sharding: sharding.with_memory_kind(HOST_MEMORY) if leaf.ndim else sharding, shapes, shardings
     )
 
 
 def batch_sharding(field: str, mesh: Mesh) -> NamedSharding:
-    """Sharding of one field of a `Batch`, `TrainBatch` or `EvalBatch`: its contexts are split over data and fsdp."""
-    before = (None,) * (field in BATCH_AXIS_SECOND)
-    return NamedSharding(mesh, PartitionSpec(*before, BATCH_AXES))
+    """Sharding of one field of a `Batch`, `TrainBatch` or `EvalBatch`.
+
+    Its contexts are split over data and fsdp, its frames and visual tokens over context.
+    """
+    names = [*(None,) * (field in BATCH_AXIS_SECOND), BATCH_AXES]
+    if mesh.shape["context"] > 1 and field in CONTEXT_AXES:
+        names += [*(None,) * (CONTEXT_AXES[field] - len(names)), "context"]
+    return NamedSharding(mesh, PartitionSpec(*names))
 
 
 def place_batch[AnyBatch](batch: AnyBatch, mesh: Mesh) -> AnyBatch:
@@ -108,4 +152,12 @@ def check_batch_size(contexts_per_batch: int, mesh: Mesh | AbstractMesh) -> None
     if contexts_per_batch % parts:
         raise ValueError(
             f"data.contexts_per_batch is {contexts_per_batch}, expected a multiple of mesh data x fsdp = {parts}"
+        )
+
+
+def check_model_size(kv_heads: int, mesh: Mesh | AbstractMesh) -> None:
+    """Raises a ValueError unless a model's KV heads divide over the mesh."""
+    if kv_heads % mesh.shape["tensor"]:
+        raise ValueError(
+            f"mesh.tensor is {mesh.shape['tensor']}, expected a divisor of the model's {kv_heads} KV heads"
         )

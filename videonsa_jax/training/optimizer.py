@@ -1,11 +1,19 @@
-"""AdamW or Muon, with linear warm-up and cosine decay (VideoNSA, arXiv 2510.02295, App. B, uses AdamW)."""
+"""AdamW or Muon, with linear warm-up and cosine decay (VideoNSA, arXiv 2510.02295, App. B, uses AdamW).
+
+Parameters kept in bfloat16 have float32 masters in the optimiser's state: near 1, bfloat16 numbers are 2^-8 apart, and
+an update of the paper's learning rate, 1e-6, would round to nothing.
+"""
 
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
+from jax.typing import DTypeLike
+from jaxtyping import Array, BFloat16, Float32, Int
 
 from videonsa_jax.training.config import OptimizerConfig
 from videonsa_jax.training.mesh import path_name
@@ -14,6 +22,7 @@ from videonsa_jax.training.mesh import path_name
 NOT_DECAYED = r"(^|/)(bias|scale)$"
 # Muon is for maps between hidden states: not the first layer's pixels, nor the logits (arXiv 2502.16982, section 2).
 MUON = r"^(?!.*(patch_embed|lm_head)).*kernel$"
+MOMENTS = r"(^|/)(mu|nu)/"  # in optax's states
 # Update size that lets AdamW's learning rates and weight decay serve Muon (arXiv 2502.16982, equation 4).
 _MUON_RMS = 0.2
 
@@ -52,8 +61,101 @@ def muon_dimensions(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(of_leaf, params)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW, or Muon with AdamW for the rest; its state has the parameters' dtype."""
+class Masters(NamedTuple):
+    """State of `keep_masters`.
+
+    Attributes:
+      params: the parameters in float32.
+      rule: state of the rule that moves them.
+    """
+
+    params: Any
+    rule: Any
+
+
+def keep_masters(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Applies a rule to float32 copies of the parameters, of which the parameters become the rounded values.
+
+    `init` takes the parameters before they are rounded.
+    """
+
+    def in_float32(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+    def init(params: Any) -> Masters:
+        masters = in_float32(params)
+        return Masters(masters, rule.init(masters))
+
+    def update(grads: Any, state: Masters, params: Any) -> tuple[Any, Masters]:
+        updates, rule_state = rule.update(in_float32(grads), state.rule, state.params)
+        masters = optax.apply_updates(state.params, updates)
+        # `optax.apply_updates` adds in float32 and then rounds. p + (m - p) is m: the difference of near numbers is
+        # exact (Sterbenz), and that of others is off by a rounding that does not reach the masters.
+        return jax.tree.map(lambda master, param: master - param.astype(jnp.float32), masters, params), Masters(
+            masters, rule_state
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+class Rounded(NamedTuple):
+    """State of `keep_moments_in_bfloat16`.
+
+    Attributes:
+      count: updates so far; seeds the rounding.
+      rule: state of the rule, its moments in bfloat16.
+    """
+
+    count: Int[Array, ""]
+    rule: Any
+
+
+def round_stochastically(x: Float32[Array, "*S"], key: Array) -> BFloat16[Array, "*S"]:
+    """Rounds up or down, to either neighbour the more often the nearer it is: the mean of many roundings is x."""
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    bits = (jax.lax.bitcast_convert_type(x, jnp.uint32) + noise) & jnp.uint32(0xFFFF0000)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
+
+
+def keep_moments_in_bfloat16(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Keeps a rule's first and second moments in bfloat16; it computes with them in float32.
+
+    They are rounded stochastically: to the nearest, a second moment could not fall, for 1 - beta2 of it (a thousandth)
+    is less than half the distance of two bfloat16 numbers.
+    """
+
+    def map_moments(function: Callable[[Array, int], Array], state: Any) -> Any:
+        leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+        mapped = [
+            function(leaf, place) if re.search(MOMENTS, path_name(path)) else leaf
+            for place, (path, leaf) in enumerate(leaves)
+        ]
+        return jax.tree.unflatten(structure, mapped)
+
+    def init(params: Any) -> Rounded:
+        state = map_moments(lambda leaf, _: leaf.astype(jnp.bfloat16), rule.init(params))
+        return Rounded(jnp.zeros((), jnp.int32), state)
+
+    def update(grads: Any, state: Rounded, params: Any) -> tuple[Any, Rounded]:
+        before = map_moments(lambda leaf, _: leaf.astype(jnp.float32), state.rule)
+        updates, after = rule.update(grads, before, params)
+        key = jax.random.fold_in(jax.random.key(0), state.count)
+        rounded = map_moments(lambda leaf, place: round_stochastically(leaf, jax.random.fold_in(key, place)), after)
+        return updates, Rounded(state.count + 1, rounded)
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_optimizer(
+    config: OptimizerConfig, steps: int, param_dtype: DTypeLike = "float32"
+) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW, or Muon with AdamW for the rest.
+
+    Args:
+      config: rates, and the dtype of the moments.
+      steps: optimiser steps of the whole run.
+      param_dtype: of the parameters. If it is not float32, the state holds float32 masters; see `keep_masters`.
+    """
     rate = learning_rate(config, steps)
     if config.name == "muon":
         rule = optax.contrib.muon(
@@ -74,4 +176,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             weight_decay=config.weight_decay,
             mask=decay_mask,
         )
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), rule)
+    optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), rule)
+    if config.moment_dtype == "bfloat16":
+        optimizer = keep_moments_in_bfloat16(optimizer)
+    return optimizer if jnp.dtype(param_dtype) == jnp.float32 else keep_masters(optimizer)

@@ -14,7 +14,7 @@ from videonsa_jax.models import VideoNSA
 from videonsa_jax.training import checkpoints
 from videonsa_jax.training.config import Experiment
 from videonsa_jax.training.optimizer import make_optimizer
-from videonsa_jax.training.step import Params, init_state, make_model
+from videonsa_jax.training.step import Params, exact_params, init_state, make_model
 
 
 def _check_same_model(folder: str, found: ModelConfig, expected: ModelConfig) -> None:
@@ -52,7 +52,7 @@ def pretrained_params(experiment: Experiment, shardings: Any) -> Params:
 
 
 def trained_model(experiment: Experiment, workdir: Path) -> VideoNSA:
-    """The model of a run's last checkpoint, float32 parameters on the first device.
+    """The model of a run's last checkpoint, float32 parameters (masters where there are any) on the first device.
 
     Args:
       experiment: what the run was told.
@@ -61,15 +61,16 @@ def trained_model(experiment: Experiment, workdir: Path) -> VideoNSA:
     Raises:
       ValueError: there is no checkpoint, or it is of another experiment.
     """
-    optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
-    shapes = jax.eval_shape(lambda: init_state(experiment.model, experiment.train, 0, optimizer))
+    train = experiment.train
+    optimizer = make_optimizer(experiment.optimizer, train.steps, train.param_dtype)
+    shapes = jax.eval_shape(lambda: init_state(experiment.model, train, 0, optimizer))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with checkpoints.open_checkpoints(workdir, experiment.train.keep) as manager:
+    with checkpoints.open_checkpoints(workdir, train.keep) as manager:
         step = manager.latest_step()
         if step is None:
             raise ValueError(f"{workdir}: holds no checkpoint, expected the folder of a run of experiments.train")
         checkpoints.check_same_config(manager, step, experiment)
         state, _ = checkpoints.restore(manager, step, shapes, jax.tree.map(lambda _: here, shapes))
-    model = make_model(experiment.model, experiment.train, 0)
-    nnx.update(model, nnx.State(state.params))
+    model = make_model(experiment.model, train, 0)
+    nnx.update(model, nnx.State(exact_params(state)))
     return model
