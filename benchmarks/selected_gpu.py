@@ -188,7 +188,11 @@ def time_pieces(
     record["blocks_per_warpgroup"] = float(((mask & 255) != 0).sum() / entries.size)
     report(record, "forward", median_ms(forward, forward_args))
     report(record, "tile_lists", median_ms(lambda i: tile_fn(i, config.forward.tokens), [(i,) for i in choices]))
-    terms = jax.jit(mosaic_gpu_backward.row_terms)
+
+    @jax.jit
+    def terms(o: jax.Array, lse: jax.Array, do: jax.Array, dlse: jax.Array) -> Any:
+        return mosaic_gpu_backward.row_terms(lse, mosaic_gpu_backward.delta_of(o, do, dlse))
+
     term_args = []
     for (q, _, _, do), args in zip(calls, forward_args, strict=True):
         o, lse = forward(*args)
@@ -283,7 +287,7 @@ def try_gradients(
     zero, length = jnp.int32(0), jnp.array([queries], jnp.int32)
     k, v = (mosaic_gpu.whole_blocks(x, None) for x in (k, v))
     chosen = visible_choice(index, length, zero, queries, BLOCK)
-    rows = mosaic_gpu_backward.row_terms(q, jnp.zeros(q.shape[:-1]), do, jnp.zeros(q.shape[:-1]))
+    rows = mosaic_gpu_backward.row_terms(jnp.zeros(q.shape[:-1]), jnp.zeros(q.shape[:-1]))
     tiles = tile_lists(chosen, length, zero, queries, BLOCK, config.dq.tokens)
     blocks = block_lists(chosen, zero, queries, BLOCK, config.dkdv.part)
     forward = functools.partial(mosaic_gpu.forward, config.forward, None)

@@ -65,7 +65,8 @@ def kernels(queries: int) -> Iterator[tuple[str, dict[str, int], Callable[..., A
         fn = jax.jit(functools.partial(mosaic_gpu.forward, config, None))
         yield "selected_forward", fields, fn, (q, k, v, listed(config.tokens))
     o, lse = fn(q, k, v, listed(config.tokens))
-    terms = jax.jit(mosaic_gpu_backward.row_terms)(o, lse, do, jnp.zeros_like(lse))
+    delta = mosaic_gpu_backward.delta_of(o, do, jnp.zeros_like(lse))
+    terms = mosaic_gpu_backward.row_terms(lse, delta)
     for fields in DQ:
         config = gpu_config.TileConfig(**fields)
         fn = jax.jit(functools.partial(mosaic_gpu_backward.query_gradient, config, None))

@@ -129,7 +129,7 @@ def _attend_backward(
 ) -> tuple[jax.Array | None, ...]:
     q, k, v, chosen, q_offset, lists, o, lse = saved
     do, dlse = cotangents
-    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
+    delta = backward.delta_of(o, do, dlse)
     gradients = backward_from(config, interpret, q, k, v, do, lse, delta, chosen, q_offset, lists)
     return *gradients, None, None, None
 
@@ -171,7 +171,7 @@ def backward_from(
       q_offset: absolute index of the first query.
       lists: of dq's kernel, from `work_lists`.
     """
-    shift, delta = backward.terms_in_rows(lse, delta)
+    shift, delta = backward.row_terms(lse, delta)
     dq = backward.query_gradient(config.dq, interpret, q, k, v, do, shift, delta, lists)
     queries_of = block_lists(chosen, q_offset, k.shape[1], BLOCK, config.dkdv.part)
     dk, dv = backward.key_gradients(config.dkdv, interpret, q, k, v, do, shift, delta, queries_of)

@@ -27,18 +27,14 @@ from pallas_kernels.selected_attention.gpu_lists import BlockLists, TileLists
 from pallas_kernels.selected_attention.gpu_tiles import BLOCK
 
 
+def delta_of(
+    o: Float[jax.Array, "B T N G D"], do: Float[jax.Array, "B T N G D"], dlse: Float32[jax.Array, "B T N G"]
+) -> Float32[jax.Array, "B T N G"]:
+    """What the gradient of a row's logits subtracts: its sum of do x o, less the log-sum-exp's cotangent."""
+    return jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
+
+
 def row_terms(
-    o: Float[jax.Array, "B T N G D"],
-    lse: Float32[jax.Array, "B T N G"],
-    do: Float[jax.Array, "B T N G D"],
-    dlse: Float32[jax.Array, "B T N G"],
-) -> tuple[Float32[jax.Array, "R P"], Float32[jax.Array, "R P"]]:
-    """`terms_in_rows` of an output's own log-sum-exp and its delta."""
-    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
-    return terms_in_rows(lse, delta)
-
-
-def terms_in_rows(
     lse: Float32[jax.Array, "B T N G"], delta: Float32[jax.Array, "B T N G"]
 ) -> tuple[Float32[jax.Array, "R P"], Float32[jax.Array, "R P"]]:
     """What each row of a tile subtracts: the base-2 log-sum-exp of its exponents and delta of its dP.
