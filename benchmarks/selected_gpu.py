@@ -27,6 +27,7 @@ import numpy as np
 
 from experiments import drawn_cases
 from experiments.timing import median_ms, poison, relative_error
+from pallas_kernels import gpu
 from pallas_kernels.selected_attention import gpu_config, mosaic_gpu, mosaic_gpu_backward, reference
 from pallas_kernels.selected_attention.gpu_lists import block_lists, tile_lists, visible_choice
 from pallas_kernels.specs import Spec
@@ -191,7 +192,7 @@ def time_pieces(
 
     @jax.jit
     def terms(o: jax.Array, lse: jax.Array, do: jax.Array, dlse: jax.Array) -> Any:
-        return mosaic_gpu_backward.row_terms(lse, mosaic_gpu_backward.delta_of(o, do, dlse))
+        return mosaic_gpu_backward.row_terms(lse, gpu.delta_of(o, do, dlse))
 
     term_args = []
     for (q, _, _, do), args in zip(calls, forward_args, strict=True):

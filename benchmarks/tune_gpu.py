@@ -28,7 +28,7 @@ from benchmarks.selected_gpu import (
     report,
     watch,
 )
-from pallas_kernels import gpu_table
+from pallas_kernels import gpu, gpu_table
 from pallas_kernels.selected_attention import gpu_config, mosaic_gpu, mosaic_gpu_backward
 from pallas_kernels.selected_attention.gpu_lists import block_lists, tile_lists, visible_choice
 
@@ -65,7 +65,7 @@ def kernels(queries: int) -> Iterator[tuple[str, dict[str, int], Callable[..., A
         fn = jax.jit(functools.partial(mosaic_gpu.forward, config, None))
         yield "selected_forward", fields, fn, (q, k, v, listed(config.tokens))
     o, lse = fn(q, k, v, listed(config.tokens))
-    delta = mosaic_gpu_backward.delta_of(o, do, jnp.zeros_like(lse))
+    delta = gpu.delta_of(o, do, jnp.zeros_like(lse))
     terms = mosaic_gpu_backward.row_terms(lse, delta)
     for fields in DQ:
         config = gpu_config.TileConfig(**fields)

@@ -8,6 +8,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jaxtyping import Float, Float32, Shaped
 
 LOG2_E = math.log2(math.e)
 
@@ -75,6 +76,18 @@ def check_covered(dtype: Any, group_size: int, head_dim: int) -> None:
         raise NotImplementedError(f"the Mosaic GPU kernel takes head sizes 64 and 128, not {head_dim}")
     if group_size > 8:
         raise NotImplementedError(f"the Mosaic GPU kernel takes at most 8 query heads per KV head, not {group_size}")
+
+
+def in_eights(x: Shaped[jax.Array, "B L ..."], **how: Any) -> Shaped[jax.Array, "B P ..."]:
+    """Pads the second axis to a multiple of 8: a copy of many rows takes them from an array of whole groups of 8."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % 8), *[(0, 0)] * (x.ndim - 2)], **how)
+
+
+def delta_of(
+    o: Float[jax.Array, "B T N G D"], do: Float[jax.Array, "B T N G D"], dlse: Float32[jax.Array, "B T N G"]
+) -> Float32[jax.Array, "B T N G"]:
+    """What the gradient of a row's logits subtracts: its sum of do x o, less the log-sum-exp's cotangent."""
+    return jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
 
 
 def tile_memory(shape: tuple[int, ...], dtype: Any) -> Any:

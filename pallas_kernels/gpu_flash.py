@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float, Float32, Shaped
+from jaxtyping import Float, Float32
 
 from pallas_kernels import gpu, gpu_flash_backward, gpu_flash_kernels, gpu_flash_plan
 from pallas_kernels.common import EMPTY_LSE, zero_where
@@ -21,8 +21,6 @@ from pallas_kernels.gpu import TILE_ROWS
 from pallas_kernels.gpu_flash_config import Config, heuristic
 from pallas_kernels.gpu_flash_kernels import source
 from pallas_kernels.gpu_flash_plan import Tiles
-
-_EIGHT = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,16 +92,11 @@ def interval_attention(
         # Tiles of 8 tokens read queries in place: they must all be finite.
         few_rows = visible.query_length is None
         config = heuristic(queries, k.shape[1], batch * heads, group, size, window, few_rows)
-    # A copy of many rows takes them from an array of whole groups of 8.
     if config.tokens == TILE_ROWS:
-        q, end = _in_eights(q), _in_eights(visible.end, mode="edge")
+        q, end = gpu.in_eights(q), gpu.in_eights(visible.end, mode="edge")
         visible = visible._replace(end=end)
-    o, lse = _attend(Rule(name, window, config, interpret), q, _in_eights(k), _in_eights(v), visible)
+    o, lse = _attend(Rule(name, window, config, interpret), q, gpu.in_eights(k), gpu.in_eights(v), visible)
     return o[:, :queries], lse[:, :queries]
-
-
-def _in_eights(x: Shaped[jax.Array, "B L ..."], **how: Any) -> Shaped[jax.Array, "B P ..."]:
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % _EIGHT), *[(0, 0)] * (x.ndim - 2)], **how)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -124,7 +117,7 @@ def _attend_backward(rule: Rule, saved: tuple[Any, ...], cotangents: tuple[jax.A
     do, dlse = cotangents
     if visible.query_length is None:
         do, dlse = zero_where(visible.end <= 0, do), zero_where(visible.end <= 0, dlse)
-    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
+    delta = gpu.delta_of(o, do, dlse)
     return *gradients(rule, q, k, v, visible, do, lse, delta), None
 
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
+from jaxtyping import Array, Float, Float32, Int, Int32
 
-from pallas_kernels import gpu_flash, gpu_flash_config, gpu_flash_plan
+from pallas_kernels import gpu, gpu_flash, gpu_flash_config, gpu_flash_plan
 from pallas_kernels.block_selection import mosaic_gpu as block_selection
 from pallas_kernels.block_selection.choice import replaced_choice
 from pallas_kernels.block_words import indices_of
@@ -322,9 +322,9 @@ def attention(
     # Zeros past the length reach no result, unlike NaN times a probability of 0.
     k, v = (selected_attention.whole_blocks(x, length if ragged else None) for x in (k, v))
     queries = q.shape[1]
-    q, scaled_logits = (_in_eights(x) for x in (q, scaled_logits))
+    q, scaled_logits = (gpu.in_eights(x) for x in (q, scaled_logits))
     if block_indices is not None:
-        block_indices = _in_eights(block_indices, constant_values=-1)
+        block_indices = gpu.in_eights(block_indices, constant_values=-1)
     o = _attend(settings, q, k, v, scaled_logits, block_indices, length, jnp.asarray(q_offset, jnp.int32))
     return o[:, :queries]
 
@@ -417,18 +417,13 @@ def _attend_backward(settings: Settings, saved: tuple[Any, ...], do: jax.Array) 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _in_eights(x: Shaped[jax.Array, "B L ..."], **how: Any) -> Shaped[jax.Array, "B P ..."]:
-    """Pads to a multiple of 8 entries: the copy engine takes many from no other array."""
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % 8), *[(0, 0)] * (x.ndim - 2)], **how)
-
-
 def _block_means(settings: Settings, *arrays: Float[jax.Array, "B S N D"]) -> tuple[Float[jax.Array, "B M N D"], ...]:
     """The means of the complete blocks of keys and values, and zeros up to a multiple of 8."""
 
     def mean(x: jax.Array) -> jax.Array:
         batch, keys, *rest = x.shape
         blocks = x.reshape(batch, keys // settings.block_size, settings.block_size, *rest)
-        return _in_eights(blocks[:, : settings.complete_blocks].mean(axis=2, dtype=jnp.float32).astype(x.dtype))
+        return gpu.in_eights(blocks[:, : settings.complete_blocks].mean(axis=2, dtype=jnp.float32).astype(x.dtype))
 
     return tuple(map(mean, arrays))
 

@@ -129,7 +129,7 @@ def _attend_backward(
 ) -> tuple[jax.Array | None, ...]:
     q, k, v, chosen, q_offset, lists, o, lse = saved
     do, dlse = cotangents
-    delta = backward.delta_of(o, do, dlse)
+    delta = gpu.delta_of(o, do, dlse)
     gradients = backward_from(config, interpret, q, k, v, do, lse, delta, chosen, q_offset, lists)
     return *gradients, None, None, None
 

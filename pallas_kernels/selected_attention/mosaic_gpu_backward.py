@@ -27,13 +27,6 @@ from pallas_kernels.selected_attention.gpu_lists import BlockLists, TileLists
 from pallas_kernels.selected_attention.gpu_tiles import BLOCK
 
 
-def delta_of(
-    o: Float[jax.Array, "B T N G D"], do: Float[jax.Array, "B T N G D"], dlse: Float32[jax.Array, "B T N G"]
-) -> Float32[jax.Array, "B T N G"]:
-    """What the gradient of a row's logits subtracts: its sum of do x o, less the log-sum-exp's cotangent."""
-    return jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
-
-
 def row_terms(
     lse: Float32[jax.Array, "B T N G"], delta: Float32[jax.Array, "B T N G"]
 ) -> tuple[Float32[jax.Array, "R P"], Float32[jax.Array, "R P"]]:
