@@ -24,6 +24,9 @@ FREE_FIELDS = (
     "train.eval_contexts",
     "train.save_every",
     "train.keep",
+    "train.keep_every",
+    "train.spike_sigmas",
+    "train.export",
     "train.tensorboard",
     "data.video_root",
     "data.cache_dir",
@@ -37,14 +40,23 @@ FREE_FIELDS = (
 LATER_FIELDS = {"train.param_dtype": "float32", "optimizer.moment_dtype": "float32", "train.frozen": []}
 
 
-def open_checkpoints(workdir: Path, keep: int) -> ocp.CheckpointManager:
-    """The checkpoints of a run; what a killed save left behind is removed."""
+def open_checkpoints(workdir: Path, keep: int, keep_every: int = 0) -> ocp.CheckpointManager:
+    """The checkpoints of a run; what a killed save left behind is removed.
+
+    Args:
+      workdir: folder of the run.
+      keep: latest ones that are kept.
+      keep_every: those of the steps that this divides are kept too; 0: no others.
+    """
     folder = (workdir / "checkpoints").resolve()
     if jax.process_index() == 0:
         # Orbax's own clearing runs in a thread that an early exit breaks off with a traceback.
         for torn in folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(torn)
-    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+    policies = ocp.checkpoint_managers
+    kept = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
+    options = ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(kept))
+    return ocp.CheckpointManager(folder, options=options)
 
 
 def config_dict(config: Any) -> dict[str, Any]:

@@ -20,11 +20,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from videonsa_jax.data.pipeline import DataIterator, build_pipeline
 from videonsa_jax.data.sources import DataError
-from videonsa_jax.streams import TrainBatch
+from videonsa_jax.streams import Batch, TrainBatch
 from videonsa_jax.training import checkpoints
 from videonsa_jax.training.config import Experiment
 from videonsa_jax.training.environment import code_digest, environment, versions
 from videonsa_jax.training.errors import usage_errors
+from videonsa_jax.training.flops import peak_flops_per_second, train_flops, trained_parts
 from videonsa_jax.training.frozen import split_params
 from videonsa_jax.training.heldout import evaluate
 from videonsa_jax.training.mesh import (
@@ -40,6 +41,7 @@ from videonsa_jax.training.metrics import (
     MetricsWriter,
     Progress,
     StepClock,
+    StepTime,
     keep_metrics_until,
     read_metrics,
 )
@@ -48,6 +50,7 @@ from videonsa_jax.training.preemption import stop_requests
 from videonsa_jax.training.pretrained import pretrained_params
 from videonsa_jax.training.processes import check_agreement, fail_together
 from videonsa_jax.training.report import REPORT_FILE, accuracies, write_report
+from videonsa_jax.training.spikes import SPIKES_FILE, SpikeDetector, append_spike, spike_record
 from videonsa_jax.training.step import (
     Rows,
     Sums,
@@ -95,16 +98,32 @@ class TimedJit:
 
 @dataclass(frozen=True)
 class StepInput:
-    """The batches of one optimiser step, on the devices, and the data iterator's state after them."""
+    """The batches of one optimiser step.
+
+    Attributes:
+      batches: on the devices.
+      flops: of this process' part of them; None if they are not counted.
+      iterator_state: the data iterator's, after them.
+    """
 
     batches: list[TrainBatch]
+    flops: float | None
     iterator_state: dict[str, Any]
 
 
-def fetch_step(iterator: DataIterator, accumulation: int, mesh: Mesh) -> StepInput:
+def fetch_step(
+    iterator: DataIterator, accumulation: int, mesh: Mesh, count_flops: Callable[[Batch], float | None]
+) -> StepInput:
     """Reads and places one optimiser step's batches."""
-    batches = [place_batch(next(iterator), mesh) for _ in range(accumulation)]
-    return StepInput(batches, iterator.get_state())
+    read = [next(iterator) for _ in range(accumulation)]
+    counted = [count_flops(batch.inputs) for batch in read]
+    flops = None if None in counted else sum(counted)
+    return StepInput([place_batch(batch, mesh) for batch in read], flops, iterator.get_state())
+
+
+def gather_figures(own: np.ndarray) -> np.ndarray:
+    """A row of figures of each process, in order; a collective."""
+    return own[None] if jax.process_count() == 1 else np.asarray(multihost_utils.process_allgather(own))
 
 
 def gather_json(value: Any) -> list[Any]:
@@ -126,7 +145,7 @@ def own_iterator_state(saved: list[dict[str, Any]]) -> dict[str, Any]:
 def bad_sample_ids(rows: list[Rows]) -> list[int]:
     """The samples whose own loss is not finite; all of the step's if only the gradient is not."""
     ids = np.concatenate([np.ravel(batch.sample_ids) for batch in rows])
-    finite = np.concatenate([np.ravel(batch.finite) for batch in rows])
+    finite = np.isfinite(np.concatenate([np.ravel(batch.loss) for batch in rows]))
     bad = ids if finite.all() else ids[~finite]
     return sorted(set(bad[bad >= 0].tolist()))
 
@@ -165,7 +184,7 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
             check_model_size(experiment.model.text.num_key_value_heads, mesh)
         with usage_errors():
             workdir.mkdir(parents=True, exist_ok=True)
-            manager = checkpoints.open_checkpoints(workdir, config.keep)
+            manager = checkpoints.open_checkpoints(workdir, config.keep, config.keep_every)
             resources.callback(manager.close)
             saved_step = manager.latest_step()
             if saved_step is not None:
@@ -197,6 +216,7 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
             "compile_seconds": 0.0,
             "train_seconds": 0.0,
             "evaluation_seconds": 0.0,
+            "saving_seconds": 0.0,
             "visual_tokens": 0,
             "text_tokens": 0,
         }
@@ -237,7 +257,7 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
             state, saved = checkpoints.restore(manager, saved_step, shapes, shardings)
             with usage_errors():
                 iterator.set_state(own_iterator_state(saved["iterators"]))
-            spent = {name: value + saved["spent"][name] for name, value in spent.items()}
+            spent = {name: value + saved["spent"].get(name, 0) for name, value in spent.items()}
         iterator_state = iterator.get_state()
 
         # 4. The functions of a step. Each batch shape compiles once, when it is first met.
@@ -259,9 +279,12 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
             return add_batch.seconds + update.seconds + choose.seconds
 
         def save() -> None:
+            start = time.perf_counter()
             total = spent | {"compile_seconds": spent["compile_seconds"] + compile_seconds()}
             saved = {"iterators": gather_json(iterator_state), "spent": total}
             checkpoints.save(manager, step, state, saved, experiment)
+            # What the loop stood still for: the files are written in the background.
+            spent["saving_seconds"] += time.perf_counter() - start
 
         def evaluate_now(contexts: int = 0) -> dict[str, Any] | None:
             if "heldout" not in pipelines:
@@ -287,6 +310,7 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
         # 5. The loop.
         if first_process:
             keep_metrics_until(workdir / METRICS_FILE, step)
+            keep_metrics_until(workdir / SPIKES_FILE, step)
         with usage_errors():
             writer = MetricsWriter(workdir, tensorboard=config.tensorboard, enabled=first_process)
         resources.callback(writer.close)
@@ -296,8 +320,12 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
             f"steps {step} to {config.steps}"
         )
         reader = resources.enter_context(ThreadPoolExecutor(1, thread_name_prefix="batches"))
-        read = functools.partial(reader.submit, fetch_step, iterator, config.accumulation, mesh)
-        clock = StepClock()
+        trained = trained_parts(shapes.params, config.frozen)
+        count_flops = functools.partial(train_flops, experiment.model, attention=config.attention, trained=trained)
+        read = functools.partial(reader.submit, fetch_step, iterator, config.accumulation, mesh, count_flops)
+        clock = StepClock(gather_figures, peak_flops_per_second([device.device_kind for device in mesh.devices.flat]))
+        earlier = [line["loss"] for line in read_metrics(workdir / METRICS_FILE) if line["kind"] == "train"]
+        spikes = SpikeDetector(config.spike_sigmas, earlier)
         stop.deferred = True
         reading = read() if step < config.steps else None
         while step < config.steps:
@@ -316,6 +344,7 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
                 sums, batch_rows = add_batch(state.params, sums, batch)
                 rows.append(batch_rows)
             state, metrics = update(state, sums)
+            host = time.perf_counter() - start - (compile_seconds() - compiled_before)
             metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
 
             if not metrics.pop("finite"):
@@ -330,10 +359,19 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
 
             seconds = time.perf_counter() - start - (compile_seconds() - compiled_before)
             tokens = {name: metrics[name] for name in ("visual_tokens", "text_tokens")}
-            clock.add(seconds=seconds, waiting=waiting, **tokens)
+            clock.add(StepTime(seconds, waiting, host), flops=fetched.flops, **tokens)
             for name, value in {"train_seconds": seconds, **tokens}.items():
                 spent[name] += value
             progress.step()
+            if (spike := spikes.add(metrics["loss"])) is not None and first_process:
+                record = spike_record(
+                    step, metrics["loss"], metrics["grad_norm"], spike, rows, pipelines["train"].records
+                )
+                append_spike(workdir, record)
+                progress.say(
+                    f"step {step}: loss {metrics['loss']:.4f} stands out (median {spike.median:.4f}, sigma "
+                    f"{spike.sigma:.4f}); its samples are in {workdir / SPIKES_FILE}"
+                )
             if step % config.log_every == 0 or step in (1, config.steps):
                 line = metrics | clock.read_and_reset()
                 writer.write("train", step, line)
