@@ -28,6 +28,7 @@ from videonsa_jax.training.config import Experiment, MeshConfig
 from videonsa_jax.training.errors import UsageError, usage_errors
 from videonsa_jax.training.loop import EXIT_DONE, EXIT_PREEMPTED, train
 from videonsa_jax.training.processes import join
+from videonsa_jax.training.profiling import parse_steps
 
 EXIT_USAGE = 2
 
@@ -51,6 +52,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="HOST:PORT,COUNT,INDEX",
         help="join these other processes; without it, those that the environment names (docs/training.md), if any; "
         'without a value, there must be some; "off": none',
+    )
+    parser.add_argument(
+        "--profile",
+        metavar="STEPS",
+        help="write a trace of these steps (100 or 100-103) into the run's folder, for xprof or TensorBoard",
     )
     parser.add_argument("--debug", action="store_true", help="show a traceback for errors that you can mend, too")
     return parser
@@ -108,12 +114,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with usage_errors():
             experiment = _experiment(options.config, options.set)
+            profile = parse_steps(options.profile) if options.profile else range(0)
         with usage_errors():
             several = join(options.multihost)
         if not several:
             _use_all_cores(experiment)
         workdir = options.workdir or Path("runs") / options.config
-        return train(experiment, workdir, preempt_exit_code=options.preempt_exit_code)
+        return train(experiment, workdir, preempt_exit_code=options.preempt_exit_code, profile=profile)
     except (UsageError, DataError) as error:
         if options.debug:
             raise

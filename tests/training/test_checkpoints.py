@@ -38,6 +38,16 @@ def test_state_and_progress_come_back_and_old_steps_go(tmp_path: Path) -> None:
     manager.close()
 
 
+def test_every_so_many_steps_a_checkpoint_is_kept_for_good(tmp_path: Path) -> None:
+    with checkpoints.open_checkpoints(tmp_path, keep=2, keep_every=3) as manager:
+        for step in range(1, 9):
+            checkpoints.save(manager, step, STATE, {}, tiny_experiment())
+        manager.wait_until_finished()
+        assert manager.all_steps() == [3, 6, 7, 8]
+    with pytest.raises(ValueError, match=r"train\.keep_every is 5, expected a multiple of save_every \(2\)"):
+        tiny_experiment(keep_every=5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -156,6 +156,15 @@ def test_a_loss_that_jumps_is_logged_with_its_samples(run, monkeypatch, tmp_path
     assert spike["loss"] == losses(parts)[6] > spike["median"]
 
 
+def test_steps_are_traced_on_demand(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tiny_experiment(steps=4), tmp_path, profile=range(2, 4)) == 0
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 0
+    assert "step 3: wrote a trace, see it with: xprof" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"--profile names step 5, expected at most train.steps \(4\)"):
+        run(tiny_experiment(steps=4), tmp_path, profile=range(2, 6))
+
+
 def two_in_one(index: int) -> TrainBatch:
     """Batches 2 i and 2 i + 1 as one."""
     halves = random_batch(2 * index), random_batch(2 * index + 1)

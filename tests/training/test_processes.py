@@ -1,18 +1,11 @@
 """How processes find each other, and that they notice where they differ; each is a process of its own here."""
 
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-
 import pytest
+from together import run_together
 
 from videonsa_jax.training import processes
 from videonsa_jax.training.processes import Place, join, parse_place, place_in_environment
 
-ROOT = Path(__file__).parents[2]
 TORCHRUN = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500", "WORLD_SIZE": "16", "RANK": "9"}
 
 
@@ -82,34 +75,6 @@ def test_a_launcher_that_is_asked_for_and_not_there_is_told(monkeypatch: pytest.
     monkeypatch.setattr(processes.jax.distributed, "initialize", initialize)
     with pytest.raises(ValueError, match=r"no other processes found \(coordinator_address .*--multihost=HOST:PORT"):
         join("", {})
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
-
-
-def run_together(scripts: Sequence[str], **variables: str) -> list[tuple[int, str]]:
-    """Runs a script in each process, with torchrun's variables; status and what was said."""
-    port = free_port()
-    started = []
-    for rank, script in enumerate(scripts):
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": str(len(scripts)),
-            "RANK": str(rank),
-            **variables,
-        }
-        command = [sys.executable, "-W", "error", "-c", script]
-        started.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    said = [process.communicate(timeout=120)[0] for process in started]
-    return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
 
 
 DISAGREE = """

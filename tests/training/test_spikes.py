@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from training_fakes import FakeRecord
@@ -43,8 +44,8 @@ def test_a_loss_that_stays_high_becomes_the_median() -> None:
 
 def test_a_record_names_the_samples_the_worst_first(tmp_path: Path) -> None:
     rows = [
-        Rows(sample_ids=np.array([[4, 2]], np.int32), loss=np.array([[1.5, 0.5]], np.float32)),
-        Rows(sample_ids=np.array([[3, -1]], np.int32), loss=np.array([[9.0, 0.0]], np.float32)),
+        Rows(sample_ids=np.array([[4, 2]], np.int32), loss=jnp.array([[1.5, 0.5]])),
+        Rows(sample_ids=np.array([[3, -1]], np.int32), loss=jnp.array([[9.0, 0.0]])),
     ]
     spike = SpikeDetector(6.0, CALM).add(3.5)
     records = [FakeRecord("", id=f"clip {index}") for index in range(5)]

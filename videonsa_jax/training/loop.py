@@ -25,6 +25,7 @@ from videonsa_jax.training import checkpoints
 from videonsa_jax.training.config import Experiment
 from videonsa_jax.training.environment import code_digest, environment, versions
 from videonsa_jax.training.errors import usage_errors
+from videonsa_jax.training.export import EXPORT_FOLDER, export_model, model_of_state
 from videonsa_jax.training.flops import peak_flops_per_second, train_flops, trained_parts
 from videonsa_jax.training.frozen import split_params
 from videonsa_jax.training.heldout import evaluate
@@ -49,6 +50,7 @@ from videonsa_jax.training.optimizer import learning_rate, make_optimizer
 from videonsa_jax.training.preemption import stop_requests
 from videonsa_jax.training.pretrained import pretrained_params
 from videonsa_jax.training.processes import check_agreement, fail_together
+from videonsa_jax.training.profiling import StepProfiler
 from videonsa_jax.training.report import REPORT_FILE, accuracies, write_report
 from videonsa_jax.training.spikes import SPIKES_FILE, SpikeDetector, append_spike, spike_record
 from videonsa_jax.training.step import (
@@ -150,13 +152,16 @@ def bad_sample_ids(rows: list[Rows]) -> list[int]:
     return sorted(set(bad[bad >= 0].tolist()))
 
 
-def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXIT_PREEMPTED) -> int:
+def train(
+    experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXIT_PREEMPTED, profile: range = range(0)
+) -> int:
     """Trains, evaluates and reports; started again in the same folder, it goes on where it was.
 
     Args:
       experiment: what to do.
-      workdir: folder of the run: checkpoints, `metrics.jsonl`, `report.json`, `report.png`.
+      workdir: folder of the run: checkpoints, `metrics.jsonl`, `spikes.jsonl`, `report.json`, `report.png`, `export`.
       preempt_exit_code: status after SIGTERM or Ctrl-C, once the state is saved.
+      profile: numbers of the steps that a trace is written of, in the run's folder `profile`.
 
     Returns:
       The process' exit status: 0 when the last step is done and reported, 3 after a loss or gradient that is not
@@ -182,6 +187,13 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
             mesh = make_mesh(experiment.mesh)
             check_batch_size(experiment.data.contexts_per_batch, mesh)
             check_model_size(experiment.model.text.num_key_value_heads, mesh)
+            if profile and profile[-1] > config.steps:
+                raise ValueError(f"--profile names step {profile[-1]}, expected at most train.steps ({config.steps})")
+            if config.export and jax.process_count() > 1:
+                raise ValueError(
+                    f"train.export is {config.export!r} with {jax.process_count()} processes, expected nothing: run "
+                    "experiments.export in one process afterwards"
+                )
         with usage_errors():
             workdir.mkdir(parents=True, exist_ok=True)
             manager = checkpoints.open_checkpoints(workdir, config.keep, config.keep_every)
@@ -192,7 +204,8 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
         step = saved_step or 0
         progress = Progress(config.steps, step, enabled=first_process)
         resources.callback(progress.close)
-        if step == config.steps and (workdir / REPORT_FILE).exists():
+        is_exported = not config.export or (workdir / EXPORT_FOLDER).exists()  # it appears when it is whole
+        if step == config.steps and (workdir / REPORT_FILE).exists() and is_exported:
             progress.say(f"{workdir / REPORT_FILE} is complete; nothing to do")
             return EXIT_DONE
 
@@ -323,6 +336,8 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
         trained = trained_parts(shapes.params, config.frozen)
         count_flops = functools.partial(train_flops, experiment.model, attention=config.attention, trained=trained)
         read = functools.partial(reader.submit, fetch_step, iterator, config.accumulation, mesh, count_flops)
+        profiler = StepProfiler(profile, workdir, enabled=first_process)
+        resources.callback(profiler.close)
         clock = StepClock(gather_figures, peak_flops_per_second([device.device_kind for device in mesh.devices.flat]))
         earlier = [line["loss"] for line in read_metrics(workdir / METRICS_FILE) if line["kind"] == "train"]
         spikes = SpikeDetector(config.spike_sigmas, earlier)
@@ -330,6 +345,7 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
         reading = read() if step < config.steps else None
         while step < config.steps:
             start, compiled_before = time.perf_counter(), compile_seconds()
+            profiler.begin(step + 1)
             try:
                 fetched = reading.result()
             except DataError:
@@ -346,6 +362,8 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
             state, metrics = update(state, sums)
             host = time.perf_counter() - start - (compile_seconds() - compiled_before)
             metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
+            if (trace := profiler.end(step + 1)) is not None:
+                progress.say(f"step {step + 1}: wrote a trace, see it with: xprof {trace} (or tensorboard --logdir)")
 
             if not metrics.pop("finite"):
                 save()  # `state` and `iterator_state` are still those before this step
@@ -393,6 +411,9 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
         if stop.agreed():
             return preempt_exit_code
         accuracy = evaluate_now()
+        if not is_exported:
+            with usage_errors():
+                export_model(experiment, model_of_state(experiment, state), workdir / EXPORT_FOLDER, config.export)
         if first_process:
             spent["compile_seconds"] += compile_seconds()
             summary = {
