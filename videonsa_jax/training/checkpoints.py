@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from videonsa_jax.training.config import Experiment
@@ -84,6 +85,10 @@ def save(
     """
     if step in manager.all_steps():
         return
+    if any(device.platform == "cpu" for leaf in jax.tree.leaves(state) for device in leaf.devices()):
+        # Host copies of a CPU's arrays are the arrays themselves: the next step, to which they are donated, would wait
+        # until the files are written.
+        state = jax.tree.map(jnp.copy, state)
     manager.save(
         step,
         args=ocp.args.Composite(
