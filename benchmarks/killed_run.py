@@ -92,11 +92,17 @@ def _saves_under_way(workdir: Path) -> list[str]:
 
 
 def kill(process: subprocess.Popen, workdir: Path, plan: Kill) -> dict[str, Any]:
-    """Ends a process as planned; what was seen then. "status" is 0 if it ended before."""
-    began = time.monotonic()
+    """Ends a process as planned.
+
+    Returns:
+      The plan and what was seen at the kill: the last step in the metrics, folders of unfinished checkpoints (those that
+      earlier kills left, too, until the process clears them), and the exit status, 0 if the process ended before.
+    """
+    began, left = time.monotonic(), set(_saves_under_way(workdir))
     while process.poll() is None and time.monotonic() - began < _PATIENCE_SECONDS:
         reached = plan.moment == "start" or _last_step(workdir) >= plan.after
-        if reached and (plan.moment != "save" or _saves_under_way(workdir)):
+        left &= set(_saves_under_way(workdir))
+        if reached and (plan.moment != "save" or set(_saves_under_way(workdir)) - left):
             break
         time.sleep(0.002 if reached else 0.05)
     time.sleep(plan.delay)
