@@ -95,8 +95,8 @@ def kill(process: subprocess.Popen, workdir: Path, plan: Kill) -> dict[str, Any]
     """Ends a process as planned.
 
     Returns:
-      The plan and what was seen at the kill: the last step in the metrics, folders of unfinished checkpoints (those that
-      earlier kills left, too, until the process clears them), and the exit status, 0 if the process ended before.
+      The plan and what was seen at the kill: the last step in the metrics, folders of unfinished checkpoints (also
+      those that earlier kills left, until the process clears them), and the exit status, 0 if the process ended before.
     """
     began, left = time.monotonic(), set(_saves_under_way(workdir))
     while process.poll() is None and time.monotonic() - began < _PATIENCE_SECONDS:
