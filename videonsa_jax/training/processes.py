@@ -118,11 +118,8 @@ def join(address: str | None, variables: Mapping[str, str] = os.environ) -> bool
     if jax.distributed.is_initialized():
         return True
     place = parse_place(address) if address else place_in_environment(variables)
-    if (
-        place is None
-        and address is None
-        and not any(n in variables and more(variables) for n, more in _LAUNCHERS.items())
-    ):
+    launched = any(name in variables and several(variables) for name, several in _LAUNCHERS.items())
+    if place is None and address is None and not launched:
         return False
     with _patience(place):
         if place is not None:
@@ -170,27 +167,27 @@ def _patience(place: Place | None) -> Iterator[None]:
 _exchanges = itertools.count()
 
 
-def _exchange(value: Any, seconds: float) -> list[Any]:
-    """Every process' JSON value, in order; all processes call this as often, and wait for each other."""
-    # The coordination service's store has no public name. Its processes are those that process 0 counts.
+def _coordination() -> Any:
+    # JAX's coordination service and its store have no public name. It waits for as many processes as process 0 was
+    # told that there are; `num_processes` is what this one was told.
     from jax._src.distributed import global_state
 
-    client, topic = global_state.client, f"videonsa_jax/{next(_exchanges)}"
-    client.key_value_set(f"{topic}/{global_state.process_id}", json.dumps(value))
+    return global_state
+
+
+def _exchange(value: Any, seconds: float) -> list[Any]:
+    """Every process' JSON value, in order; all processes call this as often, and wait for each other."""
+    service = _coordination()
+    client, topic = service.client, f"videonsa_jax/{next(_exchanges)}"
+    client.key_value_set(f"{topic}/{service.process_id}", json.dumps(value))
     try:
         client.wait_at_barrier(topic, round(1000 * seconds))
     except jax.errors.JaxRuntimeError as error:
         answered = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(topic)}
-        missing = sorted(set(range(global_state.num_processes)) - answered)
+        missing = sorted(set(range(service.num_processes)) - answered)
         raise UsageError(f"processes {missing} did not answer within {seconds:.0f} s; see what they said") from error
     answers = {int(key.rpartition("/")[2]): answer for key, answer in client.key_value_dir_get(topic)}
     return [json.loads(answers[index]) for index in sorted(answers)]
-
-
-def _told_count() -> int:
-    from jax._src.distributed import global_state
-
-    return global_state.num_processes
 
 
 def check_agreement(fields: Mapping[str, Any]) -> None:
@@ -204,7 +201,7 @@ def check_agreement(fields: Mapping[str, Any]) -> None:
     """
     if not jax.distributed.is_initialized():
         return
-    everywhere = _exchange({"number of processes": _told_count()} | dict(fields), _ANSWER_SECONDS)
+    everywhere = _exchange({"number of processes": _coordination().num_processes} | dict(fields), _ANSWER_SECONDS)
     differences = []
     for name, first in everywhere[0].items():
         others = [index for index, seen in enumerate(everywhere) if seen.get(name) != first]
@@ -241,8 +238,5 @@ def fail_together() -> Iterator[None]:
         raise failure
     for index, outcome in enumerate(outcomes):
         if outcome is not None:
-            raise (
-                SystemExit(outcome["status"])
-                if "status" in outcome
-                else UsageError(f"process {index}: {outcome['said']}")
-            )
+            stopped = "status" in outcome
+            raise SystemExit(outcome["status"]) if stopped else UsageError(f"process {index}: {outcome['said']}")
