@@ -1,7 +1,7 @@
 """Checkpoints: state, data iterator and config together, a folder per step that is renamed into place when whole."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -117,11 +117,16 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def flat_config(experiment: Experiment, but: Collection[str] = ()) -> dict[str, Any]:
+    """The values of an experiment's fields by their dotted paths, as JSON has them, without the fields `but`."""
+    return {path: value for path, value in _flatten(config_dict(experiment)).items() if path not in but}
+
+
 def check_same_config(manager: ocp.CheckpointManager, step: int, experiment: Experiment) -> None:
     """Raises a ValueError naming the fields if the checkpoint belongs to another computation."""
     config = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
     saved = LATER_FIELDS | _flatten(config)
-    wanted = _flatten(config_dict(experiment))
+    wanted = flat_config(experiment)
     absent = "absent"
     different = [
         f"{path} was {saved.get(path, absent)!r} and is {wanted.get(path, absent)!r}"

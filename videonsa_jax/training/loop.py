@@ -23,7 +23,7 @@ from videonsa_jax.data.sources import DataError
 from videonsa_jax.streams import TrainBatch
 from videonsa_jax.training import checkpoints
 from videonsa_jax.training.config import Experiment
-from videonsa_jax.training.environment import environment
+from videonsa_jax.training.environment import code_digest, environment, versions
 from videonsa_jax.training.errors import usage_errors
 from videonsa_jax.training.frozen import split_params
 from videonsa_jax.training.heldout import evaluate
@@ -46,6 +46,7 @@ from videonsa_jax.training.metrics import (
 from videonsa_jax.training.optimizer import learning_rate, make_optimizer
 from videonsa_jax.training.preemption import stop_requests
 from videonsa_jax.training.pretrained import pretrained_params
+from videonsa_jax.training.processes import check_agreement, fail_together
 from videonsa_jax.training.report import REPORT_FILE, accuracies, write_report
 from videonsa_jax.training.step import (
     Rows,
@@ -58,6 +59,9 @@ from videonsa_jax.training.step import (
     make_losses,
     start_state,
 )
+
+# What processes on several hosts may be told each in its own way.
+FIELDS_OF_A_HOST = ("pretrained", "data.cache_dir", "data.video_root", "data.workers")
 
 EXIT_DONE = 0
 EXIT_NOT_FINITE = 3
@@ -140,20 +144,26 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
       finite (the state before that step is saved), else `preempt_exit_code`.
 
     Raises:
-      UsageError: the experiment cannot run as it is told.
+      UsageError: the experiment cannot run as it is told, or processes were not told the same.
       DataError: too many samples could not be read; on one host, the state is saved.
       SystemExit: SIGTERM or Ctrl-C while there was nothing to save; its status is `preempt_exit_code`.
     """
     config, seed = experiment.train, experiment.seed
-    first_process = jax.process_index() == 0
     with stop_requests(preempt_exit_code) as stop, contextlib.ExitStack() as resources:
         # 1. Checks, and what an earlier start left. Nothing slow comes before them.
         with usage_errors():
+            check_agreement(
+                {"code": code_digest()} | versions() | checkpoints.flat_config(experiment, but=FIELDS_OF_A_HOST)
+            )
+            check_agreement({"devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"})
+        first_process = jax.process_index() == 0
+        with fail_together():
             if experiment.pretrained and not Path(experiment.pretrained).is_dir():
                 raise ValueError(f"pretrained is {experiment.pretrained!r}, expected a local Hugging Face folder")
             mesh = make_mesh(experiment.mesh)
             check_batch_size(experiment.data.contexts_per_batch, mesh)
             check_model_size(experiment.model.text.num_key_value_heads, mesh)
+        with usage_errors():
             workdir.mkdir(parents=True, exist_ok=True)
             manager = checkpoints.open_checkpoints(workdir, config.keep)
             resources.callback(manager.close)
@@ -169,7 +179,7 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
 
         # 2. Data.
         start = time.perf_counter()
-        with usage_errors():
+        with fail_together():
             pipelines = {
                 split: build_pipeline(
                     experiment.data,
@@ -192,6 +202,8 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
         }
         iterator = pipelines["train"].iterator()
         resources.callback(iterator.close)
+        with usage_errors():
+            check_agreement({"index of the data": iterator.get_state().get("data")})
 
         # 3. State: shapes, then shardings, then arrays that are made (or loaded) where they belong.
         schedule = learning_rate(experiment.optimizer, config.steps)
