@@ -10,12 +10,12 @@ The table (pallas_kernels/measured_order.json) keeps what it holds of other devi
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import kernel_results
 from experiments.kernel_operations import PARTS
 from pallas_kernels.measured_order import FILE
 from pallas_kernels.registry import NAMES
@@ -58,16 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", type=Path, default=FILE, metavar="FILE", help="default: the package's own")
     options = parser.parse_args(arguments)
     try:
-        result = json.loads(options.json.read_text())
-        kind, records = result["device"]["kind"], result["records"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        print(f"error: {options.json}: no result of experiments.bench_kernels ({error!r})", file=sys.stderr)
+        result = kernel_results.read(options.json)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
+    kind, records = result["device"]["kind"], result["records"]
     table = json.loads(options.table.read_text()) if options.table.exists() else {"devices": {}}
     table["devices"][kind] = {name: found for name in OPERATIONS if (found := order(records, name))}
-    partial = options.table.with_suffix(".tmp")
-    partial.write_text(json.dumps(table, indent=1) + "\n")
-    os.replace(partial, options.table)
+    kernel_results.write(table, options.table)
     for name, found in table["devices"][kind].items():
         print(f"{kind}: {name}: {', '.join(found)}")
     return 0

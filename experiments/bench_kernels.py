@@ -22,8 +22,6 @@ import dataclasses
 import fcntl
 import functools
 import importlib.util
-import json
-import os
 import subprocess
 import sys
 import time
@@ -34,7 +32,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import kernel_checks
+from experiments import kernel_checks, kernel_results
 from experiments.drawn_cases import trained_tensors, union_size
 from experiments.kernel_floors import Unions, floor
 from experiments.kernel_operations import DENSE_OF, OPERATIONS, Arrays, Operation
@@ -92,7 +90,7 @@ def cases(name: str, length: int, options: argparse.Namespace) -> Iterator[Case]
     for rho in options.rho[:1] if name == "nsa_layer" else options.rho + further:
         inputs = drawn(rho)
         yield Case(name, f"rho {rho:g}", spec, inputs, _unions(spec, inputs[0][-1]))
-    if name == "nsa_attention":
+    if name == "nsa_attention" and not options.drawn_only:
         yield Case(name, "own", spec, drawn(None))
         if options.tensors:
             yield Case(name, "trained", spec, [trained_tensors(options.tensors, spec)])
@@ -365,6 +363,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--also", type=_places, default=(), metavar="T:RHO,...", help="further similarities at single lengths"
     )
+    parser.add_argument("--drawn-only", action="store_true", help="nsa_attention with drawn blocks only")
     parser.add_argument("--tensors", type=Path, metavar="NPZ", help="of experiments.measure_selection")
     parser.add_argument("--inputs", type=int, default=2, metavar="N", help="sets of arrays per case; default 2")
     parser.add_argument("--samples", type=int, default=5, metavar="N", help="samples per median; default 5")
@@ -391,9 +390,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def save(records: list[dict[str, Any]]) -> None:
         if options.json:
-            partial = options.json.with_suffix(".tmp")
-            partial.write_text(json.dumps(about | {"records": records}, indent=1) + "\n")
-            os.replace(partial, options.json)
+            kernel_results.write(about | {"records": records}, options.json)
 
     left_out = [name for name in (*ON_GPU, *ELSEWHERE) if name not in options.implementations]
     print(f"on {about['device']['kind']}; not asked for: {', '.join(left_out) or 'none'}\n{HEADER}")

@@ -8,7 +8,6 @@ made of) and OUT_speedup.png (the whole against dense attention, with the length
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from experiments import kernel_results
 from experiments.kernel_operations import DENSE_OF, PARTS
 
 PASSES = {"fwd": "forward", "fwdbwd": "forward and backward"}
@@ -216,19 +216,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("json", type=Path, nargs="+", metavar="JSON", help="written by experiments.bench_kernels")
     parser.add_argument("--merge", type=Path, metavar="FILE", help="write all records there; figures beside it")
     options = parser.parse_args(arguments)
-    results = []
-    for path in options.json:
-        try:
-            results.append(json.loads(path.read_text()))
-            results[-1]["records"]
-        except (OSError, json.JSONDecodeError, KeyError) as error:
-            print(f"error: {path}: no result of experiments.bench_kernels ({error!r})", file=sys.stderr)
-            return 2
-    records = [record for result in results for record in result["records"]]
+    try:
+        result = kernel_results.merged([kernel_results.read(path) for path in options.json])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if options.merge:
-        commands = [result["command"] for result in results]
-        options.merge.write_text(json.dumps(results[0] | {"command": commands, "records": records}, indent=1) + "\n")
-    for figure in draw(records, options.merge or options.json[0]):
+        kernel_results.write(result, options.merge)
+    for figure in draw(result["records"], options.merge or options.json[0]):
         print(figure)
     return 0
 
