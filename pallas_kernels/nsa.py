@@ -115,8 +115,8 @@ def nsa_attention(
     choice = {"block_count": block_count, "init_blocks": init_blocks, "local_blocks": local_blocks}
     choose = "selected" in branches and (block_indices is None or choose_anyway)
 
-    first_choices = {registry.first_choice(operation, implementation) for operation in _OPERATIONS}
-    if first_choices == {"mosaic_gpu"} and nsa_gpu.covers(q, k, block_size, branches):
+    first_choice = registry.first_choice_of_all("nsa_attention", _OPERATIONS, implementation)
+    if first_choice == "mosaic_gpu" and nsa_gpu.covers(q, k, block_size, branches):
         # What it does not cover is left to the operations, which say so or fall back.
         with contextlib.suppress(NotImplementedError):
             return gpu.on_hopper(nsa_gpu.attention)(
@@ -140,7 +140,7 @@ def nsa_attention(
     if choose or "compressed" in branches:
         k_blocks, v_blocks = block_means(k, block_size), block_means(v, block_size)
 
-    if first_choices == {"mosaic_tpu"} and nsa_tpu.covers(q, k, block_size, branches) and not choose_anyway:
+    if first_choice == "mosaic_tpu" and nsa_tpu.covers(q, k, block_size, branches) and not choose_anyway:
         # As above.
         with contextlib.suppress(NotImplementedError):
             return nsa_tpu.attention(
