@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Ablation = Literal["none", "text_only", "single_frame", "shuffled_frames"]
+Resize = Literal["pillow", "swscale"]
 
 
 @dataclass(frozen=True)
