@@ -23,6 +23,7 @@ import numpy as np
 from absl import flags
 
 from videonsa_jax.configs import ModelConfig
+from videonsa_jax.data.annotations import find_annotations, read_annotations
 from videonsa_jax.data.chat import Chat, load_chat
 from videonsa_jax.data.clips import make_clips
 from videonsa_jax.data.config import DataConfig
@@ -35,18 +36,10 @@ from videonsa_jax.data.examples import (
     empty_arrays,
     fill_row,
 )
-from videonsa_jax.data.sources import (
-    DataError,
-    Index,
-    Probe,
-    Record,
-    build_index,
-    join_turns,
-    probe_videos,
-    read_records,
-    too_many,
-)
-from videonsa_jax.data.video import VideoError
+from videonsa_jax.data.frames import VideoError
+from videonsa_jax.data.records import DataError, Record, join_turns, split_turns, too_many
+from videonsa_jax.data.sources import Index, Padding, Probe, build_index, padding, probe_videos
+from videonsa_jax.data.video_index import read_video_index
 from videonsa_jax.streams import TrainBatch
 
 logger = logging.getLogger("videonsa_jax.data")
@@ -153,15 +146,21 @@ class Pipeline:
     Attributes:
       records: the good records; sample ids are their indices.
       shapes: every shape of this process' batches, for compiling ahead.
+      contexts_per_bucket: how many contexts of an epoch have each of these shapes.
       steps_per_epoch: batches in an epoch.
       dropped: records left out, by reason.
+      dropped_videos: videos left out with all their records, by reason.
+      padding: shares of the batches that only fill up.
       vocab_size: of the tokenizer.
     """
 
     records: tuple[Record, ...]
     shapes: tuple[BatchShape, ...]
+    contexts_per_bucket: tuple[int, ...]
     steps_per_epoch: int
     dropped: dict[str, int]
+    dropped_videos: dict[str, int]
+    padding: Padding
     vocab_size: int
     chat: Chat
     _loader: _Loader
@@ -299,16 +298,32 @@ def _stay_off_accelerators(worker: int, workers: int) -> None:
     jax.config.update("jax_platforms", "cpu")  # jax has read the variable when it was imported
 
 
-def _files(config: DataConfig, split: Split) -> tuple[Path, str, Path]:
-    """(JSON file, folder of its videos or "" for the JSON's own, tokenizer.json)."""
+def _files(config: DataConfig, split: Split) -> tuple[str, str, Path]:
+    """(where its records are, folder of its videos or "" for their own, tokenizer.json)."""
     source = config.source if split == "train" else config.heldout
     if not source:
         raise DataError(f"DataConfig: {split} split is empty, expected 'clips' or the path of a JSON file")
     clips = make_clips(config.clips, config.cache_dir) if "clips" in (source, config.tokenizer or "clips") else None
     tokenizer = Path(config.tokenizer) if config.tokenizer else clips.tokenizer_json
     if source != "clips":
-        return Path(source), config.video_root, tokenizer
-    return (clips.train_json if split == "train" else clips.heldout_json), str(clips.root), tokenizer
+        return source, config.video_root, tokenizer
+    return str(clips.train_json if split == "train" else clips.heldout_json), str(clips.root), tokenizer
+
+
+def split_records(config: DataConfig, split: Split) -> tuple[list[Record], Counter[str]]:
+    """A split's records, and the number of those that its files hold beside them, by reason.
+
+    Raises:
+      DataError: the files cannot be used, or there are none.
+    """
+    source, root, _ = _files(config, split)
+    records, dropped = read_annotations(
+        find_annotations(source, root),
+        config.kinds,
+        needs_options=split == "heldout",
+        max_failure_share=config.max_failure_share,
+    )
+    return (split_turns(records) if split == "train" and config.split_turns else records), dropped
 
 
 def open_chat(config: DataConfig, split: Split = "train") -> Chat:
@@ -323,9 +338,11 @@ def _check(config: DataConfig, process_index: int, process_count: int) -> None:
 
     require(config.fps > 0, "fps", "more than 0")
     require(0 < config.min_pixels <= config.max_pixels, "min_pixels", f"1 to max_pixels ({config.max_pixels})")
-    counts = ("max_frames", "questions_per_context", "questions_per_row", "contexts_per_batch")
-    for name in (*counts, "max_text_tokens", "max_visual_tokens"):
+    counts = ("max_frames", "fewest_frames", "questions_per_context", "questions_per_row", "contexts_per_batch")
+    for name in (*counts, "max_text_tokens", "max_visual_tokens", "max_buckets"):
         require(getattr(config, name) >= 1, name, "at least 1")
+    most = config.most_frames
+    require(most == 0 or most >= config.fewest_frames, "most_frames", f"0, or at least {config.fewest_frames}")
     require(config.workers >= 0, "workers", "a number of processes, or 0 for threads")
     require(config.frame_cache_gigabytes >= 0, "frame_cache_gigabytes", "a limit, or 0 for no cache")
     require(0 <= config.max_failure_share <= 1, "max_failure_share", "0 to 1")
@@ -351,7 +368,7 @@ def _check_options(records: tuple[Record, ...], chat: Chat) -> None:
 def _refuse_probing(videos: list[str]) -> list[str]:
     raise DataError(
         f"{videos[0]} and {len(videos) - 1} more: their records state no width, height and duration, expected them "
-        "where several processes load (or a `probe` that asks process 0)"
+        "where several processes load, or data.video_index (python -m experiments.index builds it)"
     )
 
 
@@ -374,8 +391,8 @@ def build_pipeline(
       seed: of the training order.
       process_index: this host.
       process_count: hosts; each gets contexts_per_batch / process_count consecutive rows of every batch.
-      probe: says what videos hold whose records do not; None reads their headers here. With several processes it must
-        give all of them the same answer.
+      probe: says what videos hold of which neither the video index nor their records do; None reads their headers
+        here. With several processes it must give all of them the same answer.
 
     Raises:
       DataError: settings, records or options cannot be used.
@@ -383,19 +400,18 @@ def build_pipeline(
     """
     _check(config, process_index, process_count)
     answered = split == "train"
-    path, root, tokenizer = _files(config, split)
+    tokenizer = _files(config, split)[2]
     chat = load_chat(tokenizer, system_prompt=config.system_prompt)
     if chat.vocab_size > model.text.vocab_size:
         raise DataError(
             f"{tokenizer}: {chat.vocab_size} tokens, expected at most the model's vocab_size {model.text.vocab_size}"
         )
-    records, malformed = read_records(
-        path, video_root=root, needs_options=not answered, max_failure_share=config.max_failure_share
-    )
+    records, dropped = split_records(config, split)
     if answered and config.questions_per_row > 1:
         records = join_turns(records, config.questions_per_row)
     probe = probe or (probe_videos if process_count == 1 else _refuse_probing)
-    index = build_index(records, chat, config, model, answered=answered, probe=probe)
+    indexed = read_video_index(config.video_index) if config.video_index else None
+    index = build_index(records, chat, config, model, answered=answered, probe=probe, indexed=indexed)
     if not answered:
         _check_options(index.records, chat)
     rows = config.contexts_per_batch // process_count
@@ -433,8 +449,11 @@ def build_pipeline(
     return Pipeline(
         records=index.records,
         shapes=shapes,
+        contexts_per_bucket=tuple(map(len, members)),
         steps_per_epoch=schedule.steps_per_epoch,
-        dropped={**index.dropped, **({"malformed": malformed} if malformed else {})},
+        dropped={**index.dropped, **dropped},
+        dropped_videos=dict(index.dropped_videos),
+        padding=padding(index, model.vision.spatial_merge_size**2, config.contexts_per_batch),
         vocab_size=chat.vocab_size,
         chat=chat,
         _loader=loader,
