@@ -44,6 +44,7 @@ def nsa_video_7b() -> Experiment:
             workers=8,
             decode_seconds=60.0,
             max_visual_tokens=36_000,
+            max_buckets=6,
             contexts_per_batch=8,
             questions_per_context=1,
         ),

@@ -1,4 +1,3 @@
-import itertools
 import math
 from dataclasses import replace
 
@@ -6,10 +5,11 @@ import pytest
 from small_videos import grey_frames, record, write_records, write_tokenizer, write_video
 
 from videonsa_jax.configs import tiny
+from videonsa_jax.data.buckets import Bucket
 from videonsa_jax.data.chat import load_chat
 from videonsa_jax.data.config import DataConfig
 from videonsa_jax.data.records import DataError, read_records
-from videonsa_jax.data.sources import Bucket, build_index, choose_buckets, probe_videos, text_length
+from videonsa_jax.data.sources import build_index, probe_videos, text_length
 from videonsa_jax.data.video import VideoInfo
 
 STATED = {"width": 128, "height": 128, "duration": 8.0, "fps": 10}
@@ -107,38 +107,6 @@ def test_only_unstated_videos_are_probed(tmp_path, chat):
 def test_an_absurd_stated_size_costs_its_contexts(tmp_path, chat):
     index = index_of(tmp_path, chat, [record(**STATED), record("b.mp4", **STATED | {"width": 100_000})])
     assert "b.mp4: frame size 100000x128" in index.contexts[1].problem
-
-
-# ---- buckets
-
-
-def padding(grids, buckets, places):
-    return sum(buckets[place].visual_tokens + buckets[place].frames * buckets[place].patches // 4 for place in places)
-
-
-def test_chosen_buckets_pad_least():
-    grids = [(2, 2, 2), (2, 2, 3), (4, 4, 4), (4, 4, 5), (8, 4, 4), (16, 4, 4), (1, 6, 8), (3, 5, 5)] * 2 + [(2, 2, 2)]
-    buckets, places = choose_buckets(grids, (), multiple=16, merged_patches=4)
-    assert len(buckets) <= 4
-    candidates = sorted({math.ceil(math.prod(grid) / 16) * 16 for grid in grids})
-    best = min(
-        padding(grids, *choose_buckets(grids, (*lengths, candidates[-1]), multiple=16, merged_patches=4))
-        for count in range(4)
-        for lengths in itertools.combinations(candidates[:-1], count)
-    )
-    assert padding(grids, buckets, places) == best
-
-
-def test_every_grid_fits_its_bucket():
-    grids = [(time, height, 3) for time in range(1, 40) for height in range(1, 7)]
-    buckets, places = choose_buckets(grids, (), multiple=16, merged_patches=4)
-    assert len(buckets) == 4
-    for grid, place in zip(grids, places, strict=True):
-        bucket = buckets[place]
-        assert math.prod(grid) <= bucket.visual_tokens
-        assert bucket.visual_tokens % 16 == 0
-        assert grid[0] <= bucket.frames
-        assert 4 * grid[1] * grid[2] <= bucket.patches
 
 
 def test_bucket_lengths_are_whole_blocks(tmp_path, chat):

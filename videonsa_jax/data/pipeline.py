@@ -7,8 +7,10 @@ An epoch holds every context once: each bucket's contexts are permuted and cut i
 filled up with zero-weight rows, and the batches of all buckets are permuted. A held-out epoch is in file order.
 """
 
+import dataclasses
 import hashlib
 import logging
+import math
 import os
 import threading
 from collections import Counter, deque
@@ -40,7 +42,7 @@ from videonsa_jax.data.frames import VideoError
 from videonsa_jax.data.records import DataError, Record, join_turns, split_turns, too_many
 from videonsa_jax.data.sources import Index, Padding, Probe, build_index, padding, probe_videos
 from videonsa_jax.data.video_index import read_video_index
-from videonsa_jax.streams import TrainBatch
+from videonsa_jax.streams import BATCH_AXIS_SECOND, TrainBatch
 
 logger = logging.getLogger("videonsa_jax.data")
 
@@ -48,7 +50,9 @@ Split = Literal["train", "heldout"]
 
 _ENDLESS = 2**40  # steps of a training split: any number no run reaches
 _MAX_THREADS = 8
-_WORKER_BUFFER = 2  # batches
+_WORKER_BUFFER = 2  # parts of batches
+# What one worker loads at a time, about: a context of 14 K visual tokens alone has 66 MB of patches.
+_PART_BYTES = 2**26
 _CLOSE_SECONDS = 5.0
 # Bytes. Smaller arrays travel through the queue's pipe, which must hold all that a worker buffers: a worker that waits
 # for room in it cannot end, and grain (0.2.18, process_prefetch.py) then waits for the worker.
@@ -94,7 +98,10 @@ class Schedule:
 
 @dataclass(frozen=True)
 class _Loader:
-    """Loads this host's rows of a step; runs in loader threads or processes."""
+    """Loads this host's rows of a step in parts of `rows_per_part`; runs in loader threads or processes.
+
+    Element n is part n % parts of step n // parts.
+    """
 
     index: Index
     chat: Chat
@@ -103,12 +110,20 @@ class _Loader:
     schedule: Schedule
     shapes: tuple[BatchShape, ...]
     rows: range
+    rows_per_part: int
     answered: bool
 
-    def __call__(self, step: int) -> dict:
+    @property
+    def parts(self) -> int:
+        return -(-len(self.rows) // self.rows_per_part)
+
+    def __call__(self, element: int) -> dict:
+        step, part = divmod(element, self.parts)
         bucket, contexts = self.schedule.step(step)
-        arrays, failures, seen = empty_arrays(self.shapes[bucket]), [], 0
-        for place, row in enumerate(self.rows):
+        rows = self.rows[part * self.rows_per_part : (part + 1) * self.rows_per_part]
+        arrays = empty_arrays(dataclasses.replace(self.shapes[bucket], contexts=len(rows)))
+        failures, seen = [], 0
+        for place, row in enumerate(rows):
             if contexts[row] < 0:
                 continue
             context = self.index.contexts[contexts[row]]
@@ -203,10 +218,7 @@ class DataIterator:
         """
         if self._source is None:
             self._source = self._open()
-        element = next(self._source)
-        if self._pipeline._loader.config.workers:
-            # A copy, as arrays in grain's shared memory must not outlive the interpreter's last modules.
-            element["arrays"] = {name: np.array(value) for name, value in element["arrays"].items()}
+        element = self._read_step()
         step, self._next_step = self._next_step, self._next_step + 1
         self.failures.contexts += element["seen"]
         failed = {failure["row"] for failure in element["failures"]}
@@ -220,6 +232,22 @@ class DataIterator:
             self._report(failure["message"])
         self._check_share()
         return as_batch(element["arrays"])
+
+    def _read_step(self) -> dict:
+        """The arrays and failures of all parts of the next step."""
+        loader = self._pipeline._loader
+        elements = [next(self._source) for _ in range(loader.parts)]
+        arrays = [element["arrays"] for element in elements]
+        if loader.config.workers or len(arrays) > 1:
+            # Also of one part: arrays in grain's shared memory must not outlive the interpreter's last modules.
+            whole = {
+                name: np.concatenate([part[name] for part in arrays], axis=1 if name in BATCH_AXIS_SECOND else 0)
+                for name in arrays[0]
+            }
+        else:
+            (whole,) = arrays
+        failures = [failure for element in elements for failure in element["failures"]]
+        return {"arrays": whole, "failures": failures, "seen": sum(element["seen"] for element in elements)}
 
     def get_state(self) -> dict:
         """Where the iterator stands and what it skipped, ready for JSON; hosts save their own."""
@@ -261,7 +289,8 @@ class DataIterator:
     def _open(self) -> Iterator[dict]:
         pipeline, workers = self._pipeline, self._pipeline._loader.config.workers
         end = _ENDLESS if pipeline._split == "train" else pipeline.steps_per_epoch
-        steps = grain.MapDataset.range(min(self._next_step, end), end).map(pipeline._loader)
+        parts = pipeline._loader.parts
+        steps = grain.MapDataset.range(min(self._next_step, end) * parts, end * parts).map(pipeline._loader)
         if workers:
             if not flags.FLAGS.is_parsed():  # grain's multiprocessing reads absl flags, also in programs without absl
                 flags.FLAGS.mark_as_parsed()
@@ -441,6 +470,7 @@ def build_pipeline(
         schedule=schedule,
         shapes=shapes,
         rows=range(process_index * rows, (process_index + 1) * rows),
+        rows_per_part=max(1, _PART_BYTES // max(math.prod((s.frames, s.patches, s.patch_dim)) for s in shapes)),
         answered=answered,
     )
     sampling = config.contexts_per_batch, config.questions_per_row, config.fps, config.max_frames, config.ablation

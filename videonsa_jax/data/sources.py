@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from videonsa_jax.configs import ModelConfig
+from videonsa_jax.data.buckets import Bucket, choose_buckets
 from videonsa_jax.data.chat import Chat
 from videonsa_jax.data.config import DataConfig
 from videonsa_jax.data.frames import VideoError, VideoInfo, frames_at
@@ -47,21 +48,6 @@ class Context:
     visual: Visual
     bucket: int = 0
     problem: str = ""
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """One shape that contexts are padded to.
-
-    Attributes:
-      visual_tokens: Lv.
-      frames: F, temporal grid positions.
-      patches: P, patches a frame.
-    """
-
-    visual_tokens: int
-    frames: int
-    patches: int
 
 
 @dataclass(frozen=True)
@@ -104,73 +90,6 @@ def probe_videos(paths: Sequence[str]) -> list[VideoInfo | str]:
 def _visual(info: VideoInfo, config: DataConfig, model: ModelConfig) -> Visual:
     limits = Limits(config.min_pixels, config.max_pixels, config.fps, config.max_frames)
     return video_grid(info, limits, model.vision)
-
-
-def choose_buckets(
-    grids: Sequence[tuple[int, int, int]],
-    lengths: Sequence[int],
-    *,
-    multiple: int,
-    merged_patches: int,
-    most: int = 4,
-) -> tuple[list[Bucket], list[int]]:
-    """Buckets for token grids, and the bucket of each grid (-1: longer than every given length).
-
-    Args:
-      grids: (time, height, width) in tokens.
-      lengths: visual lengths of the buckets; empty = chosen to pad the least in the vision tower and in the visual
-        stream together.
-      multiple: chosen lengths are multiples of it.
-      merged_patches: patches in a visual token.
-      most: how many lengths are chosen at most.
-    """
-
-    def rounded(length: int) -> int:
-        return -(-length // multiple) * multiple
-
-    if not grids:
-        return [], []
-    counts = Counter(grids)
-    lengths = sorted(lengths) or _best_lengths(counts, rounded, most)
-    by_length: dict[int, list[tuple[int, int, int]]] = {length: [] for length in lengths}
-    fits = {}
-    for grid in counts:
-        fits[grid] = next((length for length in lengths if math.prod(grid) <= length), None)
-        if fits[grid] is not None:
-            by_length[fits[grid]].append(grid)
-    used = [length for length in lengths if by_length[length]]
-    buckets = [
-        Bucket(
-            length, max(g[0] for g in by_length[length]), merged_patches * max(g[1] * g[2] for g in by_length[length])
-        )
-        for length in used
-    ]
-    place = {length: number for number, length in enumerate(used)}
-    return buckets, [place[fits[grid]] if fits[grid] is not None else -1 for grid in grids]
-
-
-def _best_lengths(counts: Mapping[tuple[int, int, int], int], rounded: Callable[[int], int], most: int) -> list[int]:
-    """At most `most` lengths that leave the least padding, by dynamic programming over candidate lengths."""
-    candidates = sorted({rounded(math.prod(grid)) for grid in counts})
-    thinning = -(-len(candidates) // 64)
-    candidates = candidates[::-1][::thinning][::-1]  # the longest stays
-    groups: list[list[tuple[tuple[int, int, int], int]]] = [[] for _ in candidates]
-    for grid, count in counts.items():
-        groups[next(i for i, length in enumerate(candidates) if math.prod(grid) <= length)].append((grid, count))
-    best: list[list[tuple[float, list[int]]]] = [[(0.0, [])] + [(math.inf, [])] * len(candidates)]
-    for _ in range(most):
-        row = list(best[-1])
-        for end in range(1, len(candidates) + 1):
-            number, frames, area = 0, 0, 0
-            for start in range(end - 1, -1, -1):
-                for (time, height, width), count in groups[start]:
-                    number, frames, area = number + count, max(frames, time), max(area, height * width)
-                cost, chosen = best[-1][start]
-                cost += number * (candidates[end - 1] + frames * area)
-                if cost < row[end][0]:
-                    row[end] = cost, [*chosen, candidates[end - 1]]
-        best.append(row)
-    return best[-1][-1][1]
 
 
 @dataclass(frozen=True)
