@@ -31,7 +31,7 @@ from videonsa_jax.data.tokenizer import train_tokenizer
 from videonsa_jax.data.video_index import build_video_index
 from videonsa_jax.training.environment import environment
 
-SIZES = {"1280x720": (1280, 720, "30"), "640x360": (640, 360, "29")}  # width, height, quality (CRF)
+SIZES = {"1280x720": (1280, 720, "20"), "640x360": (640, 360, "20")}  # width, height, quality (CRF)
 RATE, STEP_SECONDS, FRAMES = 30, 2.0, 450
 
 
@@ -50,7 +50,7 @@ def make_video(path: Path, width: int, height: int, crf: str, seconds: float, se
     with av.open(str(part), "w") as out:
         stream = out.add_stream("libx264", rate=RATE)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"preset": "fast", "crf": crf}
+        stream.options = {"preset": "veryfast", "crf": crf}
         stream.codec_context.time_base = Fraction(1, RATE)
         for number in range(round(seconds * RATE)):
             time_now, cut = number / RATE, number // (9 * RATE)
