@@ -126,7 +126,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
         print(f"{bucket['visual_tokens']:>14,}{bucket['frames']:>13,}{bucket['patches']:>9,}{bucket['contexts']:>10,}")
     print(
         f"padding: {padding['visual_tokens']:.1%} of visual tokens, {padding['patches']:.1%} of patches, "
-        f"{padding['rows']:.1%} of rows; text rows of {summary['text_tokens']} tokens; "
+        f"{padding['text_tokens']:.1%} of text rows of {summary['text_tokens']} tokens, {padding['rows']:.1%} of rows; "
         f"{summary['batches_per_epoch']:,} batches an epoch"
     )
 

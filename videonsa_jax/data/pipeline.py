@@ -483,7 +483,7 @@ def build_pipeline(
         steps_per_epoch=schedule.steps_per_epoch,
         dropped={**index.dropped, **dropped},
         dropped_videos=dict(index.dropped_videos),
-        padding=padding(index, model.vision.spatial_merge_size**2, config.contexts_per_batch),
+        padding=padding(index, config, model.vision.spatial_merge_size**2),
         vocab_size=chat.vocab_size,
         chat=chat,
         _loader=loader,

@@ -59,6 +59,7 @@ class Index:
       contexts: in file order.
       buckets: by rising visual length.
       text_tokens: Lt, the same for all batches.
+      text_tokens_held: the sum of its records' own text lengths.
       dropped: records left out, by reason.
       dropped_videos: videos left out with all their records, by reason.
     """
@@ -67,6 +68,7 @@ class Index:
     contexts: tuple[Context, ...]
     buckets: tuple[Bucket, ...]
     text_tokens: int
+    text_tokens_held: int
     dropped: Mapping[str, int] = field(default_factory=dict)
     dropped_videos: Mapping[str, int] = field(default_factory=dict)
 
@@ -99,16 +101,18 @@ class Padding:
     Attributes:
       visual_tokens: of the visual stream.
       patches: of the vision tower's input.
+      text_tokens: of the text stream, questions that a context lacks included.
       rows: of the contexts, where a bucket's last batch is not full.
     """
 
     visual_tokens: float
     patches: float
+    text_tokens: float
     rows: float
 
 
-def padding(index: Index, merged_patches: int, contexts_per_batch: int) -> Padding:
-    """The shares of padding of an index; rows that only fill up are not in the other two."""
+def padding(index: Index, config: DataConfig, merged_patches: int) -> Padding:
+    """The shares of padding of an index; rows that only fill up are not in the others."""
     tokens, patches, held_tokens, held_patches = 0, 0, 0, 0
     for context in index.contexts:
         bucket = index.buckets[context.bucket]
@@ -116,8 +120,14 @@ def padding(index: Index, merged_patches: int, contexts_per_batch: int) -> Paddi
         held_tokens += context.visual.num_tokens
         held_patches += math.prod(context.visual.grid) * merged_patches
     sizes = Counter(context.bucket for context in index.contexts)
-    rows = sum(-(-size // contexts_per_batch) * contexts_per_batch for size in sizes.values())
-    return Padding(1 - held_tokens / tokens, 1 - held_patches / patches, 1 - len(index.contexts) / rows)
+    rows = sum(-(-size // config.contexts_per_batch) * config.contexts_per_batch for size in sizes.values())
+    text_tokens = len(index.contexts) * config.questions_per_context * index.text_tokens
+    return Padding(
+        visual_tokens=1 - held_tokens / tokens,
+        patches=1 - held_patches / patches,
+        text_tokens=1 - index.text_tokens_held / text_tokens,
+        rows=1 - len(index.contexts) / rows,
+    )
 
 
 def _video_infos(
@@ -237,6 +247,7 @@ def build_index(
         contexts=tuple(replace(c, records=tuple(renumbered[number] for number in c.records)) for c in kept),
         buckets=tuple(buckets),
         text_tokens=-(-text_tokens // TEXT_MULTIPLE) * TEXT_MULTIPLE,
+        text_tokens_held=sum(text_lengths[number] for number in numbers),
         dropped=dict(dropped),
         dropped_videos=dict(dropped_videos),
     )
