@@ -24,6 +24,7 @@ from PIL import Image
 
 from experiments import configs
 from videonsa_jax.data import video
+from videonsa_jax.data.config import DataConfig
 from videonsa_jax.data.examples import build_example, empty_arrays, fill_row
 from videonsa_jax.data.frames import frames_to_patches
 from videonsa_jax.data.pipeline import Pipeline, build_pipeline
@@ -137,6 +138,7 @@ def parts_of_a_sample(path: Path, pipeline: Pipeline, repeats: int) -> dict:
             "bytes": path.stat().st_size,
             "kilobits_per_second": path.stat().st_size / 125 / context.info.duration,
         },
+        "frames": round(RATE * context.info.duration),
         "sampled_frames": len(frames),
         "visual_tokens": context.visual.num_tokens,
         "cpu_seconds": parts,
@@ -218,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=112.5, help="length of the videos; default 112.5")
     parser.add_argument("--repeats", type=int, default=3, help="of which the fastest counts; default 3")
     parser.add_argument("--samples", type=int, default=12, help="that the loader loads; default 12")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="loader processes; default 1 2")
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="loader processes; default 1 2")
     parser.add_argument("--json", type=Path, help="file for the result")
     options = parser.parse_args(arguments)
     folder = prepare(options.folder, options.seconds, copies=4)
@@ -236,7 +238,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.seconds * data.fps < data.fewest_frames:
         data = dataclasses.replace(data, fewest_frames=1)
     result: dict = {"needed_frames_per_second": FRAMES / STEP_SECONDS, "load_before": os.getloadavg()}
-    result |= {"parts": {}, "loader": []}
+    result |= environment() | {"parts": {}, "loader": []}
+
+    def save() -> None:
+        if options.json:
+            part = options.json.with_suffix(".part")
+            part.write_text(json.dumps(result, indent=1) + "\n")
+            part.replace(options.json)
+
+    def run_loader(changed: DataConfig, step_seconds: float) -> dict:
+        pipeline = build_pipeline(changed, experiment.model, split="train", seed=0)
+        return loader_rates(pipeline, options.samples, step_seconds)
+
     pipeline = build_pipeline(data, experiment.model, split="train", seed=0)
     for name in SIZES:
         result["parts"][name] = found = parts_of_a_sample(folder / f"{name}_0.mp4", pipeline, options.repeats)
@@ -245,28 +258,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"  {part:40}{seconds:8.3f} CPU s")
         for part, rate in found["frames_per_second_and_core"].items():
             print(f"  {part:40}{rate:8.0f} frames a second and core")
-    for workers in options.workers:
-        for step_seconds in (0.0, STEP_SECONDS):
-            changed = dataclasses.replace(data, workers=workers)
-            run = loader_rates(
-                build_pipeline(changed, experiment.model, split="train", seed=0), options.samples, step_seconds
-            )
-            result["loader"].append({"workers": workers, "cached": False} | run)
-    cached = dataclasses.replace(data, workers=1, frame_cache_gigabytes=4.0)
-    for filled in (False, True):  # the first pass fills the cache
-        run = loader_rates(build_pipeline(cached, experiment.model, split="train", seed=0), options.samples, 0.0)
-        if filled:
-            result["loader"].append({"workers": 1, "cached": True} | run)
-    for run in result["loader"]:
+    save()
+    paces = (0.0, STEP_SECONDS)
+    runs = [(dataclasses.replace(data, workers=workers), pace) for workers in options.workers for pace in paces]
+    if options.workers:
+        cached = dataclasses.replace(data, workers=1, frame_cache_gigabytes=4.0)
+        run_loader(cached, 0.0)  # fills the cache
+        runs.append((cached, 0.0))
+    for changed, pace in runs:
+        is_cached = changed.frame_cache_gigabytes > 0
+        run = {"workers": changed.workers, "cached": is_cached} | run_loader(changed, pace)
         print(
-            f"{run['workers']} workers{', cached' if run['cached'] else ''}, steps of {run['step_seconds']:g} s: "
+            f"{run['workers']} workers{', cached' if is_cached else ''}, steps of {pace:g} s: "
             f"{run['samples_per_second']:.2f} samples a second, {run['frames_per_second']:.0f} frames a second, "
-            f"waited {run['wait_share']:.0%}"
+            f"waited {run['wait_share']:.0%}",
+            flush=True,
         )
-    if options.json:
-        part = options.json.with_suffix(".part")
-        part.write_text(json.dumps(result | environment(), indent=1) + "\n")
-        part.replace(options.json)
+        result["loader"].append(run)
+        save()
 
 
 if __name__ == "__main__":
