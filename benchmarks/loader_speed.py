@@ -151,18 +151,18 @@ def parts_of_a_sample(path: Path, pipeline: Pipeline, repeats: int) -> dict:
     }
 
 
-def _cpu_seconds_of_children() -> float:
-    ticks = 0
+def _cpu_seconds_of_children() -> dict[int, float]:
+    seconds = {}
     for child in multiprocessing.active_children():
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+        seconds[child.pid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return seconds
 
 
 def loader_rates(pipeline: Pipeline, samples: int, step_seconds: float) -> dict:
     """Runs the loader: as fast as it goes (`step_seconds` 0), or against a consumer that takes so long a sample."""
     iterator = pipeline.iterator()
-    frames, waited, cpu = 0, 0.0, 0.0
+    frames, waited = 0, 0.0
     try:
         next(iterator)  # workers start
         start, cpu_before = time.perf_counter(), _cpu_seconds_of_children()
@@ -174,7 +174,8 @@ def loader_rates(pipeline: Pipeline, samples: int, step_seconds: float) -> dict:
             positions = np.asarray(batch.inputs.frame_grids)[..., 0] > 0
             frames += 2 * int(positions.sum())
             time.sleep(step_seconds)
-        wall, cpu = time.perf_counter() - start, _cpu_seconds_of_children() - cpu_before
+        wall, cpu_after = time.perf_counter() - start, _cpu_seconds_of_children()
+        cpu = sum(seconds - cpu_before.get(pid, 0.0) for pid, seconds in cpu_after.items())
     finally:
         iterator.close()
     return {
