@@ -129,7 +129,7 @@ def test_a_run_that_was_killed_and_stopped_ends_like_one_that_was_not(
         (["--config=nsa_video", "--set=train.steps=x"], "'x' is not what train.steps expects: an integer"),
         (
             ["--config=nsa_video_7b", "--set=pretrained=", "--set=data.tokenizer=t.json"],
-            "config nsa_video_7b needs data.source, data.video_root: add --set data.source=... --set data.video_root=",
+            "config nsa_video_7b needs data.source: add --set data.source=...",
         ),
         (["--config=nsa_video", "--set=pretrained=weights"], "pretrained is 'weights', expected a local Hugging"),
         (["--config=nsa_video", "--set=mesh.data=3"], "does not fit"),
