@@ -30,6 +30,7 @@ FREE_FIELDS = (
     "train.export",
     "train.tensorboard",
     "data.video_root",
+    "data.video_index",
     "data.cache_dir",
     "data.workers",
     "data.max_failure_share",
@@ -38,7 +39,17 @@ FREE_FIELDS = (
 )
 
 # Fields that earlier versions did not have, with the value that stands for what they did.
-LATER_FIELDS = {"train.param_dtype": "float32", "optimizer.moment_dtype": "float32", "train.frozen": []}
+LATER_FIELDS = {
+    "train.param_dtype": "float32",
+    "optimizer.moment_dtype": "float32",
+    "train.frozen": [],
+    "data.kinds": ["open_ended", "multi_choice"],
+    "data.split_turns": False,
+    "data.fewest_frames": 1,
+    "data.most_frames": 0,
+    "data.resize": "pillow",
+    "data.max_buckets": 4,
+}
 
 
 def open_checkpoints(workdir: Path, keep: int, keep_every: int = 0) -> ocp.CheckpointManager:

@@ -66,7 +66,7 @@ from videonsa_jax.training.step import (
 )
 
 # What processes on several hosts may be told each in its own way.
-FIELDS_OF_A_HOST = ("pretrained", "data.cache_dir", "data.video_root", "data.workers")
+FIELDS_OF_A_HOST = ("pretrained", "data.cache_dir", "data.video_root", "data.video_index", "data.workers")
 
 EXIT_DONE = 0
 EXIT_NOT_FINITE = 3
