@@ -1,14 +1,18 @@
 """What the Hopper kernels of every operation share: refusals, shared memory, products on the matrix units."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.experimental.mosaic.gpu as mgpu
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jaxtyping import Float, Float32, Shaped
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, nvvm, vector
+from jaxtyping import Bool, Float, Float32, Shaped
 
 LOG2_E = math.log2(math.e)
 
@@ -181,3 +185,25 @@ def add_two_products(
             plgpu.wgmma(acc_ref, left, right)
 
     return pl.run_state(accumulate)(tuple(plgpu.ACC.init(acc) for acc in accs))
+
+
+def any_positive(x: Float32[jax.Array, "64 C"], interpret: Any) -> Bool[jax.Array, ""]:
+    """Whether an element that the calling warp holds (16 rows of a tile) is positive; of all rows when interpreting."""
+    if interpret is not None:
+        return jnp.any(x > 0)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=plgpu.ShapeDtypeStruct((), jnp.bool_, None))
+    def vote(_: Any, held: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+        flat = [vector.extract(pair, [], [i]) for pair in held.registers.flat for i in range(pair.type.shape[0])]
+        zero = arith.constant(ir.F32Type.get(), 0.0)
+        positive = [arith.cmpf(arith.CmpFPredicate.OGT, value, zero) for value in flat]
+        everyone = arith.constant(ir.IntegerType.get_signless(32), -1)
+        found = nvvm.vote_sync(everyone, functools.reduce(arith.ori, positive), "any")
+        return mgpu.FragmentedArray.splat(found, (), is_signed=False)
+
+    return vote(x)
+
+
+def fold_columns(fold: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """[64, C] to [64, 8]: columns that one thread holds, folded without asking another thread."""
+    return functools.reduce(fold, (x[:, i : i + 8] for i in range(0, x.shape[1], 8)))

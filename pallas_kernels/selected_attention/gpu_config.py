@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from pallas_kernels.gpu import TILE_ROWS
 from pallas_kernels.gpu_table import measured
 
 ROWS = 8
@@ -23,13 +24,15 @@ class TileConfig:
 
     Attributes:
       stages: blocks of K and V in flight.
-      consumers: warpgroups that compute, 8 tokens each; one more fetches.
+      consumers: warpgroups that compute; one more fetches.
       q_registers: columns of the queries (and of dO) that the matrix units read from registers, not shared memory.
+      share: tokens of one warpgroup.
     """
 
     stages: int
     consumers: int = 2
     q_registers: int = 0
+    share: int = TOKENS
 
     def __post_init__(self):
         if self.stages < 2 or self.consumers not in REGISTERS:
@@ -38,7 +41,12 @@ class TileConfig:
     @property
     def tokens(self) -> int:
         """Tokens of a tile."""
-        return self.consumers * TOKENS
+        return self.consumers * self.share
+
+    @property
+    def rows(self) -> int:
+        """Rows of a token: as many of the 64 as each token of the warpgroup can have."""
+        return TILE_ROWS // self.share
 
 
 @dataclasses.dataclass(frozen=True)

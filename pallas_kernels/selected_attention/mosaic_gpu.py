@@ -19,16 +19,19 @@ from jaxtyping import Float, Float32, Int
 
 from pallas_kernels import gpu
 from pallas_kernels.common import EMPTY_LSE, ArrayLike, Scalar, block_total, resolve_lengths, zero_where
-from pallas_kernels.gpu import HIDDEN, ROW_LAYOUT
+from pallas_kernels.gpu import HIDDEN, ROW_LAYOUT, TILE_ROWS
 from pallas_kernels.selected_attention import gpu_config
 from pallas_kernels.selected_attention import gpu_tiles as tiling
 from pallas_kernels.selected_attention import mosaic_gpu_backward as backward
-from pallas_kernels.selected_attention.gpu_config import ROWS, TOKENS
 from pallas_kernels.selected_attention.gpu_lists import TileLists, block_lists, tile_lists, visible_choice
 from pallas_kernels.selected_attention.gpu_tiles import BLOCK
 
 SAVED = ("selected_output", "selected_lse")
 """Names of what the gradient keeps besides its inputs, for `jax.checkpoint_policies.save_only_these_names`."""
+
+
+SLACK = 8.0
+"""A row's shift is raised when an exponent would pass it by more, so that probabilities stay below 2^8."""
 
 
 def selected_attention(
@@ -201,13 +204,14 @@ def forward(
     """
     batch, queries, heads, group, size = q.shape
     rows, tiles, pieces, width = lists.entries.shape
-    consumers, stages = config.consumers, config.stages
+    consumers, stages, share = config.consumers, config.stages, config.share
     scale = size**-0.5 * gpu.LOG2_E
 
     def body(q_ref, k_ref, v_ref, entries_ref, tiles_ref, o_ref, lse_ref, *scratch):
         q_smem, k_smem, v_smem, entries_smem, lse_smem, q_ready, list_ready, loaded, consumed = scratch
+        q_boxes, q_smem = q_smem if interpret is None else ((), q_smem)
         tile = tiling.this_tile()
-        entries = tiling.List(entries_smem)
+        entries = tiling.List(entries_smem, share)
         b, n = lax.div(tile.row, heads), lax.rem(tile.row, heads)
         warpgroup = lax.axis_index("warpgroup")
         count, whole, start, last = tile.about(tiles_ref)
@@ -216,58 +220,73 @@ def forward(
         def _():
             plgpu.set_max_registers(gpu_config.REGISTERS[consumers][0], action="increase")
             q_tile = q_smem.at[warpgroup]
-            offset = warpgroup * TOKENS
+            offset = warpgroup * share
             first = tile.index * config.tokens + offset
-            tiling.fetch_tokens(q_ref, q_tile, q_ready.at[warpgroup], b, n, first, last)
+            place = tiling.Place(b, n, first, warpgroup, config)
+            tiling.fetch_queries(q_ref, q_boxes, q_tile, q_ready, place)
             plgpu.barrier_wait(list_ready)
             plgpu.barrier_wait(q_ready.at[warpgroup])
-            left = gpu.hold(q_tile, config.q_registers)
+            left = tiling.hold(q_tile, config.q_registers)
 
-            def soften(i, s, top, causal):
+            def attend(i, mask, causal, carry):
+                acc, shift, total = carry
+                keys = k_smem.at[lax.rem(i, stages)]
+                s = gpu.sum_of_products(gpu.times_transpose(left, keys), BLOCK, interpret)
                 if causal:
-                    s = jnp.where(tiling.causal_mask(entries.block(i), start + offset), s, -HIDDEN)
-                seen = tiling.chosen_rows(entries.mask(i, warpgroup))
-                new_top = jnp.maximum(top, jnp.where(seen, s.max(axis=1) * scale, EMPTY_LSE))
-                shift = jnp.where(seen, new_top, HIDDEN)
-                p = jnp.exp2(s * scale - lax.broadcast_in_dim(shift, s.shape, [0]))
-                return p, new_top, jnp.exp2(top - new_top)
+                    s = jnp.where(tiling.causal_mask(entries.block(i), start + offset, config.rows), s, -HIDDEN)
+                seen = tiling.chosen_rows(mask, config.rows)
+                tops = gpu.fold_columns(jnp.maximum, s) * scale
+                bound = jnp.where(seen, shift + SLACK, jnp.inf)
+                excess = tops - lax.broadcast_in_dim(bound, tops.shape, [0])
 
-            def accumulate(i, acc, p, rescale):
-                acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
-                return gpu.add_product(acc, p.astype(v_ref.dtype), v_smem.at[lax.rem(i, stages)], interpret)
+                def raise_shift(carry):
+                    acc, shift, total = carry
+                    higher = jnp.where(seen, jnp.maximum(shift, tops.max(axis=1)), shift)
+                    rescale = jnp.exp2(shift - higher)
+                    acc, total = (x * lax.broadcast_in_dim(rescale, x.shape, [0]) for x in (acc, total))
+                    return acc, higher, total
+
+                acc, shift, total = lax.cond(
+                    gpu.any_positive(excess, interpret), raise_shift, lambda carry: carry, (acc, shift, total)
+                )
+                p = jnp.exp2(s * scale - lax.broadcast_in_dim(jnp.where(seen, shift, HIDDEN), s.shape, [0]))
+                total = total + gpu.fold_columns(jnp.add, p)
+                values = v_smem.at[lax.rem(i, stages)]
+                return gpu.add_product(acc, p.astype(v_ref.dtype), values, interpret), shift, total
 
             def step(i, carry, causal):
+                mask = entries.mask(i, warpgroup)
                 plgpu.barrier_wait(loaded.at[lax.rem(i, stages)])
-
-                def attend(carry):
-                    acc, top, total = carry
-                    keys = k_smem.at[lax.rem(i, stages)]
-                    s = gpu.sum_of_products(gpu.times_transpose(left, keys), BLOCK, interpret)
-                    p, top, rescale = soften(i, s, top, causal)
-                    total = total * rescale + p.sum(axis=1)
-                    return accumulate(i, acc, p, rescale), top, total
-
-                carry = lax.cond(entries.mask(i, warpgroup) != 0, attend, lambda carry: carry, carry)
+                carry = lax.cond(
+                    mask != 0, functools.partial(attend, i, mask, causal), lambda carry: carry, carry
+                )
                 plgpu.barrier_arrive(consumed.at[lax.rem(i, stages)])
                 return carry
 
             carry = (
-                plgpu.layout_cast(jnp.zeros((TOKENS * ROWS, size), jnp.float32), plgpu.Layout.WGMMA),
-                plgpu.layout_cast(jnp.full((TOKENS * ROWS,), EMPTY_LSE, jnp.float32), ROW_LAYOUT),
-                plgpu.layout_cast(jnp.zeros((TOKENS * ROWS,), jnp.float32), ROW_LAYOUT),
+                plgpu.layout_cast(jnp.zeros((TILE_ROWS, size), jnp.float32), plgpu.Layout.WGMMA),
+                plgpu.layout_cast(jnp.full((TILE_ROWS,), EMPTY_LSE, jnp.float32), ROW_LAYOUT),
+                plgpu.layout_cast(jnp.zeros((TILE_ROWS, 8), jnp.float32), plgpu.Layout.WGMMA),
             )
             carry = lax.fori_loop(0, whole, functools.partial(step, causal=False), carry)
-            acc, top, total = lax.fori_loop(whole, count, functools.partial(step, causal=True), carry)
+            acc, shift, total = lax.fori_loop(whole, count, functools.partial(step, causal=True), carry)
 
-            empty = total == 0.0
+            # A query past the last may hold NaN; no list lets it see a block.
+            past = tiling.token_of_row(config.rows) > last - first
+            total = total.sum(axis=1)
+            empty = past | (total == 0.0)
             divisor = jnp.where(empty, 1.0, total)
-            q_tile[...] = (acc / lax.broadcast_in_dim(divisor, acc.shape, [0])).astype(o_ref.dtype)
+            o = acc / lax.broadcast_in_dim(divisor, acc.shape, [0])
+            o = jnp.where(lax.broadcast_in_dim(past, acc.shape, [0]), 0.0, o).astype(o_ref.dtype)
+            for i, columns in enumerate(tiling.halves(size)):
+                q_tile.at[i][...] = o[:, columns]
             lse_tile = lse_smem.at[warpgroup]
-            lse_tile[...] = jnp.where(empty, EMPTY_LSE, top * math.log(2) + jnp.log(divisor))
+            lse_tile[...] = jnp.where(empty, EMPTY_LSE, shift * math.log(2) + jnp.log(divisor))
             plgpu.commit_smem()
-            tiling.store_tokens(q_tile, o_ref, b, n, first, queries)
-            plgpu.copy_smem_to_gmem(lse_tile, lse_ref.at[tile.row, pl.ds(first * ROWS, TOKENS * ROWS)])
-            plgpu.wait_smem_to_gmem(0)
+            tiling.store_queries(q_boxes, q_tile, o_ref, place)
+            place_of_lse = pl.ds((tile.index * consumers + warpgroup) * TILE_ROWS, TILE_ROWS)
+            plgpu.copy_smem_to_gmem(lse_tile, lse_ref.at[tile.row, place_of_lse])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(warpgroup == consumers)
         def _():
@@ -277,19 +296,24 @@ def forward(
             tensors = ((k_ref, k_smem), (v_ref, v_smem))
             tiling.fetch_blocks(config, count, entries, tensors, loaded, consumed, b, n)
 
+    halves = (consumers, size // tiling.HALF)
+    q_memory = gpu.tile_memory((*halves, TILE_ROWS, tiling.HALF), q.dtype)
+    if interpret is None:
+        box = plgpu.SMEM((share, config.rows, tiling.HALF), q.dtype, transforms=(plgpu.SwizzleTransform(128),))
+        q_memory = plgpu.RefUnion([[box] * halves[1] for _ in range(consumers)], q_memory)
     o, lse = plgpu.kernel(
         body,
         out_type=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((rows, tiles * config.tokens * ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((rows, tiles * consumers * TILE_ROWS), jnp.float32),
         ),
         scratch_types=(
-            gpu.tile_memory((consumers, TOKENS * ROWS, size), q.dtype),
+            q_memory,
             gpu.tile_memory((stages, BLOCK, size), q.dtype),
             gpu.tile_memory((stages, BLOCK, size), q.dtype),
             plgpu.SMEM((pieces, width), jnp.int32),
-            plgpu.SMEM((consumers, TOKENS * ROWS), jnp.float32),
-            plgpu.Barrier(num_arrivals=TOKENS, num_barriers=consumers),
+            plgpu.SMEM((consumers, TILE_ROWS), jnp.float32),
+            plgpu.Barrier(num_arrivals=halves[1] * (1 if interpret is None else share), num_barriers=consumers),
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
@@ -297,5 +321,6 @@ def forward(
         interpret=interpret,
         **tiling.launch(config, rows, tiles),
     )(q, k, v, lists.entries, lists.tiles)
-    lse = lse.reshape(batch, heads, tiles * config.tokens, ROWS)[:, :, :queries, :group]
+    lse = lse.reshape(batch, heads, tiles * consumers, TILE_ROWS)[..., : share * config.rows]
+    lse = lse.reshape(batch, heads, tiles * config.tokens, config.rows)[:, :, :queries, :group]
     return o, jnp.swapaxes(lse, 1, 2)

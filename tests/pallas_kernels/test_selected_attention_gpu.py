@@ -18,9 +18,10 @@ from pallas_kernels.specs import SPECS
 BLOCK = 64
 
 
-def small_config(consumers=2, part=8, registers=0):
+def small_config(consumers=2, part=8, registers=0, share=8):
     tiles = gpu_config.TileConfig(2, consumers, registers)
-    return gpu_config.Config(forward=tiles, dq=tiles, dkdv=gpu_config.BlockConfig(2, part))
+    forward = gpu_config.TileConfig(2, consumers, registers, share)
+    return gpu_config.Config(forward=forward, dq=tiles, dkdv=gpu_config.BlockConfig(2, part))
 
 
 def draw(shape, seed, dtype, end=None):
@@ -127,6 +128,22 @@ def test_three_warpgroups():
         places=3,
         q_offset=150,
         config=small_config(consumers=3),
+        races=True,
+    )
+
+
+def test_tokens_without_gaps_between_their_rows():
+    compare(
+        jnp.bfloat16,
+        7,
+        128,
+        batch=2,
+        queries=29,
+        keys=150,
+        places=2,
+        q_offset=110,
+        lengths=(139, 131),
+        config=small_config(share=9),
         races=True,
     )
 
