@@ -94,10 +94,10 @@ def delta_of(
     return jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
 
 
-def tile_memory(shape: tuple[int, ...], dtype: Any) -> Any:
+def tile_memory(shape: tuple[int, ...], dtype: Any, swizzle: int = 128) -> Any:
     """Shared memory that the matrix units read: 128-byte swizzle over tiles of 8 rows."""
-    columns = 128 // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
+    columns = swizzle // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)))
 
 
 def product(left: jax.Array | Ref, right: Ref, columns: int, interpret: Any = None) -> jax.Array:
@@ -207,3 +207,43 @@ def any_positive(x: Float32[jax.Array, "64 C"], interpret: Any) -> Bool[jax.Arra
 def fold_columns(fold: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     """[64, C] to [64, 8]: columns that one thread holds, folded without asking another thread."""
     return functools.reduce(fold, (x[:, i : i + 8] for i in range(0, x.shape[1], 8)))
+
+
+def add_products(
+    acc: jax.Array,
+    left: Callable[[Any, slice], tuple[Any, jax.Array]],
+    carry: Any,
+    right: Ref,
+    parts: int,
+    interpret: Any,
+) -> tuple[jax.Array, Any]:
+    """acc + left @ right, where the columns of `left` come one part after another, each while the last is multiplied.
+
+    Args:
+      acc: [64, columns] float32.
+      left: (carry, columns) -> carry and these columns of the left operand, in registers.
+      carry: what the first call is given.
+      right: in shared memory.
+      parts: how many.
+      interpret: parameters of Pallas's GPU interpreter; None compiles.
+
+    Returns:
+      The sum, and the last carry.
+    """
+    size = right.shape[0] // parts
+    columns = [slice(i * size, (i + 1) * size) for i in range(parts)]
+    if interpret is not None:
+        for own in columns:
+            carry, part = left(carry, own)
+            acc = add_product(acc, part, right.at[pl.ds(own.start, size)], interpret)
+        return acc, carry
+
+    def accumulate(acc_ref: Ref) -> tuple[jax.Array, Any]:
+        carried = carry
+        acc_ref[...] = acc
+        for own in columns:
+            carried, part = left(carried, own)
+            plgpu.wgmma(acc_ref, part, right.at[pl.ds(own.start, size)])
+        return acc_ref[...], carried
+
+    return pl.run_scoped(accumulate, plgpu.ACC(acc.shape, jnp.float32))

@@ -228,7 +228,7 @@ def _selected_backward(
 
 
 def _selected_config(q: jax.Array) -> selected_config.Config:
-    return selected_config.heuristic(q.shape[1], q.shape[0] * q.shape[2], q.shape[4])
+    return selected_config.heuristic(q.shape[1], q.shape[0] * q.shape[2], q.shape[4], q.shape[3])
 
 
 def _choose(

@@ -27,12 +27,16 @@ class TileConfig:
       consumers: warpgroups that compute; one more fetches.
       q_registers: columns of the queries (and of dO) that the matrix units read from registers, not shared memory.
       share: tokens of one warpgroup.
+      parts: of a block's keys, whose weights are found while the last part's are multiplied (forward).
+      ahead: entries of the list after which the copy engine brings K and V to the L2 cache; 0: never.
     """
 
     stages: int
     consumers: int = 2
     q_registers: int = 0
     share: int = TOKENS
+    parts: int = 1
+    ahead: int = 0
 
     def __post_init__(self):
         if self.stages < 2 or self.consumers not in REGISTERS:
@@ -84,13 +88,14 @@ class Config:
         }
 
 
-def heuristic(queries: int, rows: int, head_dim: int) -> Config:
+def heuristic(queries: int, rows: int, head_dim: int, group: int = ROWS) -> Config:
     """A configuration for T queries of B x N rows: the measured one, or the most stages that shared memory holds.
 
     Args:
       queries: T.
       rows: B x N.
       head_dim: D.
+      group: G, query heads per KV head.
 
     Returns:
       The configuration; lists are split where few rows would leave one thread block with a sink's whole list.
@@ -105,8 +110,11 @@ def heuristic(queries: int, rows: int, head_dim: int) -> Config:
     # sink has.
     pieces = max(1, min(32, 4 * dkdv.pop("pieces") // max(rows, 1)))
     part = max(1024, -(-queries // (pieces * TOKENS)) * TOKENS)
+    # A mask has 31 bits for the tokens of three warpgroups.
+    share = TILE_ROWS // group if TILE_ROWS // max(group, 1) <= 10 else TOKENS
+    forward = fields("forward", stages=5 if wide else 8, consumers=3, q_registers=128 if wide else 0)
     return Config(
-        forward=TileConfig(**fields("forward", stages=4 if wide else 8, consumers=3, q_registers=64 if wide else 0)),
+        forward=TileConfig(share=share, **forward),
         dq=TileConfig(**fields("dq", stages=4 if wide else 8, q_registers=64 if wide else 0)),
         dkdv=BlockConfig(part=part, **dkdv),
     )

@@ -72,9 +72,11 @@ class List:
         """Which of the warpgroup's tokens chose the block of entry i."""
         return (self._number(2 * i + 1) >> (warpgroup * self.share)) & (2**self.share - 1)
 
-    def _number(self, i: jax.Array) -> jax.Array:
-        width = self.entries.shape[1]
-        return self.entries[lax.div(i, width), lax.rem(i, width)]
+    def _number(self, i: jax.Array | int) -> jax.Array:
+        pieces, width = self.entries.shape
+        if pieces == 1:
+            return self.entries[0, i]
+        return self.entries[i >> 8, i & 255] if width == 256 else self.entries[lax.div(i, width), lax.rem(i, width)]
 
 
 def fetch_tokens(
@@ -202,17 +204,26 @@ def fetch_blocks(
 ) -> None:
     """Keeps the ring full: the blocks of the list, in order, of each (global, ring) pair of tensors."""
 
-    @pl.loop(0, count)
-    def _(i):
-        slot = lax.rem(i, config.stages)
-        keys = pl.ds(pl.multiple_of(entries.block(i) * BLOCK, BLOCK), BLOCK)
+    def block_of(source: Ref, i: jax.Array) -> Ref:
+        return source.at[batch, pl.ds(pl.multiple_of(entries.block(i) * BLOCK, BLOCK), BLOCK), head]
 
+    def fetch(i, slot):
         @pl.when(i >= config.stages)
         def _():
             plgpu.barrier_wait(consumed.at[slot])
 
         for source, ring in tensors:
-            plgpu.copy_gmem_to_smem(source.at[batch, keys, head], ring.at[slot], loaded.at[slot])
+            plgpu.copy_gmem_to_smem(block_of(source, i), ring.at[slot], loaded.at[slot])
+        if config.ahead:
+
+            @pl.when(i + config.ahead < count)
+            def _():
+                for source, _ in tensors:
+                    plgpu.async_prefetch(block_of(source, i + config.ahead))
+
+        return next_slot(slot, config.stages)
+
+    lax.fori_loop(0, count, fetch, jnp.int32(0))
 
     # The ring is handed back empty: no arrival is left for a barrier of a thread block that has ended.
     @pl.loop(jnp.maximum(count - config.stages, 0), count)
@@ -223,6 +234,11 @@ def fetch_blocks(
 def token_of_row(rows: int) -> jax.Array:
     """[64]: which of the warpgroup's tokens a row belongs to."""
     return plgpu.broadcasted_iota(jnp.int32, (TILE_ROWS,), 0, layout=ROW_LAYOUT) // rows
+
+
+def next_slot(slot: jax.Array, stages: int) -> jax.Array:
+    """The stage of the ring after this one."""
+    return jnp.where(slot == stages - 1, 0, slot + 1)
 
 
 def chosen_rows(mask: jax.Array, rows: int = ROWS) -> jax.Array:

@@ -70,7 +70,7 @@ def selected_attention(
     if 0 in (*q.shape, *k.shape, block_indices.shape[3]):
         return jnp.zeros(q.shape, q.dtype), jnp.full(q.shape[:-1], EMPTY_LSE, jnp.float32)
     length = resolve_lengths(lengths, q.shape[0], k.shape[1])
-    config = config or gpu_config.heuristic(q.shape[1], q.shape[0] * q.shape[2], q.shape[4])
+    config = config or gpu_config.heuristic(q.shape[1], q.shape[0] * q.shape[2], q.shape[4], q.shape[3])
     chosen = visible_choice(block_indices, length, q_offset, k.shape[1], block_size)
     k, v = (whole_blocks(x, length if lengths is not None else None) for x in (k, v))
     return _attend(config, interpret, q, k, v, chosen, length, jnp.asarray(q_offset, jnp.int32))
@@ -228,12 +228,14 @@ def forward(
             plgpu.barrier_wait(q_ready.at[warpgroup])
             left = tiling.hold(q_tile, config.q_registers)
 
-            def attend(i, mask, causal, carry):
+            def hide_later_keys(i, s):
+                return jnp.where(tiling.causal_mask(entries.block(i), start + offset, config.rows), s, -HIDDEN)
+
+            def attend(i, slot, mask, carry):
                 acc, shift, total = carry
-                keys = k_smem.at[lax.rem(i, stages)]
+                keys = k_smem.at[slot]
                 s = gpu.sum_of_products(gpu.times_transpose(left, keys), BLOCK, interpret)
-                if causal:
-                    s = jnp.where(tiling.causal_mask(entries.block(i), start + offset, config.rows), s, -HIDDEN)
+                s = lax.cond(i < whole, lambda s: s, functools.partial(hide_later_keys, i), s)
                 seen = tiling.chosen_rows(mask, config.rows)
                 tops = gpu.fold_columns(jnp.maximum, s) * scale
                 bound = jnp.where(seen, shift + SLACK, jnp.inf)
@@ -249,34 +251,40 @@ def forward(
                 acc, shift, total = lax.cond(
                     gpu.any_positive(excess, interpret), raise_shift, lambda carry: carry, (acc, shift, total)
                 )
-                p = jnp.exp2(s * scale - lax.broadcast_in_dim(jnp.where(seen, shift, HIDDEN), s.shape, [0]))
-                total = total + gpu.fold_columns(jnp.add, p)
-                values = v_smem.at[lax.rem(i, stages)]
-                return gpu.add_product(acc, p.astype(v_ref.dtype), values, interpret), shift, total
+                row_shift = jnp.where(seen, shift, HIDDEN)
+                values = v_smem.at[slot]
 
-            def step(i, carry, causal):
-                mask = entries.mask(i, warpgroup)
-                plgpu.barrier_wait(loaded.at[lax.rem(i, stages)])
-                carry = lax.cond(
-                    mask != 0, functools.partial(attend, i, mask, causal), lambda carry: carry, carry
-                )
-                plgpu.barrier_arrive(consumed.at[lax.rem(i, stages)])
-                return carry
+                def weigh(total, keys):
+                    part = s[:, keys]
+                    p = jnp.exp2(part * scale - lax.broadcast_in_dim(row_shift, part.shape, [0]))
+                    return total + gpu.fold_columns(jnp.add, p), p.astype(v_ref.dtype)
+
+                acc, total = gpu.add_products(acc, weigh, total, values, config.parts, interpret)
+                return acc, shift, total
+
+            def step(i, carry):
+                slot, mask, *carry = carry
+                plgpu.barrier_wait(loaded.at[slot])
+                following = entries.mask(jnp.minimum(i + 1, count - 1), warpgroup)
+                carry = lax.cond(mask != 0, functools.partial(attend, i, slot, mask), lambda carry: carry, tuple(carry))
+                plgpu.barrier_arrive(consumed.at[slot])
+                return tiling.next_slot(slot, stages), following, *carry
 
             carry = (
+                jnp.int32(0),
+                entries.mask(jnp.int32(0), warpgroup),
                 plgpu.layout_cast(jnp.zeros((TILE_ROWS, size), jnp.float32), plgpu.Layout.WGMMA),
                 plgpu.layout_cast(jnp.full((TILE_ROWS,), EMPTY_LSE, jnp.float32), ROW_LAYOUT),
                 plgpu.layout_cast(jnp.zeros((TILE_ROWS, 8), jnp.float32), plgpu.Layout.WGMMA),
             )
-            carry = lax.fori_loop(0, whole, functools.partial(step, causal=False), carry)
-            acc, shift, total = lax.fori_loop(whole, count, functools.partial(step, causal=True), carry)
+            _, _, acc, shift, total = lax.fori_loop(0, count, step, carry)
 
             # A query past the last may hold NaN; no list lets it see a block.
             past = tiling.token_of_row(config.rows) > last - first
             total = total.sum(axis=1)
             empty = past | (total == 0.0)
             divisor = jnp.where(empty, 1.0, total)
-            o = acc / lax.broadcast_in_dim(divisor, acc.shape, [0])
+            o = acc * lax.broadcast_in_dim(1 / divisor, acc.shape, [0])
             o = jnp.where(lax.broadcast_in_dim(past, acc.shape, [0]), 0.0, o).astype(o_ref.dtype)
             for i, columns in enumerate(tiling.halves(size)):
                 q_tile.at[i][...] = o[:, columns]
@@ -310,7 +318,7 @@ def forward(
         scratch_types=(
             q_memory,
             gpu.tile_memory((stages, BLOCK, size), q.dtype),
-            gpu.tile_memory((stages, BLOCK, size), q.dtype),
+            gpu.tile_memory((stages, BLOCK, size), q.dtype, 128 // config.parts),
             plgpu.SMEM((pieces, width), jnp.int32),
             plgpu.SMEM((consumers, TILE_ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=halves[1] * (1 if interpret is None else share), num_barriers=consumers),
