@@ -28,7 +28,7 @@ class TileConfig:
       q_registers: columns of the queries (and of dO) that the matrix units read from registers, not shared memory.
       share: tokens of one warpgroup.
       parts: of a block's keys, whose weights are found while the last part's are multiplied (forward).
-      ahead: entries of the list after which the copy engine brings K and V to the L2 cache; 0: never.
+      turn: tiles after which lists are walked in the other direction; 0: always ascending (forward).
     """
 
     stages: int
@@ -36,7 +36,7 @@ class TileConfig:
     q_registers: int = 0
     share: int = TOKENS
     parts: int = 1
-    ahead: int = 0
+    turn: int = 0
 
     def __post_init__(self):
         if self.stages < 2 or self.consumers not in REGISTERS:

@@ -8,6 +8,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float, Float32
 
 from pallas_kernels.gpu import ROW_LAYOUT, TILE_ROWS, Held, Ref
 from pallas_kernels.selected_attention.gpu_config import ROWS, TOKENS, TileConfig
@@ -59,18 +60,24 @@ class List:
     Attributes:
       entries: [P, W].
       share: tokens of one warpgroup.
+      last: the entry to begin with where the list is walked backwards, -1 where it is walked forwards.
     """
 
     entries: Ref
     share: int = TOKENS
+    last: jax.Array | int = -1
+
+    def place(self, i: jax.Array) -> jax.Array:
+        """The entry that comes after i others."""
+        return i if isinstance(self.last, int) else jnp.where(self.last < 0, i, self.last - i)
 
     def block(self, i: jax.Array) -> jax.Array:
-        """The block of entry i."""
-        return self._number(2 * i)
+        """The block that comes after i others."""
+        return self._number(2 * self.place(i))
 
     def mask(self, i: jax.Array, warpgroup: jax.Array) -> jax.Array:
-        """Which of the warpgroup's tokens chose the block of entry i."""
-        return (self._number(2 * i + 1) >> (warpgroup * self.share)) & (2**self.share - 1)
+        """Which of the warpgroup's tokens chose that block."""
+        return (self._number(2 * self.place(i) + 1) >> (warpgroup * self.share)) & (2**self.share - 1)
 
     def _number(self, i: jax.Array | int) -> jax.Array:
         pieces, width = self.entries.shape
@@ -121,6 +128,24 @@ class Place:
     def token(self, source: Ref, token: jax.Array, half: int) -> Ref:
         """The same of one token."""
         return source.at[self.batch, token, self.head, pl.ds(0, self.config.rows), pl.ds(half * HALF, HALF)]
+
+
+def in_tiles(x: Float32[jax.Array, "K B T N G"], config: TileConfig, tiles: int) -> Float32[jax.Array, "R W K 64"]:
+    """Values of heads as rows of tiles: of each of R = B x N rows, of each of W warpgroups of all tiles."""
+    kinds, batch, queries, heads, group = x.shape
+    past = tiles * config.tokens - queries
+    x = jnp.pad(jnp.moveaxis(x, 3, 2), [(0, 0), (0, 0), (0, 0), (0, past), (0, config.rows - group)])
+    x = x.reshape(kinds, batch * heads, tiles * config.consumers, config.share * config.rows)
+    return jnp.moveaxis(jnp.pad(x, [(0, 0)] * 3 + [(0, TILE_ROWS - x.shape[-1])]), 0, 2)
+
+
+def out_of_tiles(
+    x: Float32[jax.Array, "R W 64"], q: Float[jax.Array, "B T N G D"], config: TileConfig
+) -> Float32[jax.Array, "B T N G"]:
+    """One value per row of all tiles as values of heads."""
+    batch, queries, heads, group, _ = q.shape
+    x = x[..., : config.share * config.rows].reshape(batch, heads, -1, config.rows)
+    return jnp.swapaxes(x[:, :, :queries, :group], 1, 2)
 
 
 def halves(size: int) -> list[slice]:
@@ -214,13 +239,6 @@ def fetch_blocks(
 
         for source, ring in tensors:
             plgpu.copy_gmem_to_smem(block_of(source, i), ring.at[slot], loaded.at[slot])
-        if config.ahead:
-
-            @pl.when(i + config.ahead < count)
-            def _():
-                for source, _ in tensors:
-                    plgpu.async_prefetch(block_of(source, i + config.ahead))
-
         return next_slot(slot, config.stages)
 
     lax.fori_loop(0, count, fetch, jnp.int32(0))

@@ -7,7 +7,7 @@ A thread block owns 16 neighbouring tokens of one KV head and reads the union of
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -32,6 +32,18 @@ SAVED = ("selected_output", "selected_lse")
 
 SLACK = 8.0
 """A row's shift is raised when an exponent would pass it by more, so that probabilities stay below 2^8."""
+
+
+class Gated(NamedTuple):
+    """What the output of the forward kernel is summed with.
+
+    Attributes:
+      gates: of the output and of each of the others, float32.
+      others: outputs of other branches, in the dtype of the output.
+    """
+
+    gates: tuple[Float32[jax.Array, "B T N G"], ...]
+    others: tuple[Float[jax.Array, "B T N G D"], ...]
 
 
 def selected_attention(
@@ -188,6 +200,7 @@ def forward(
     k: Float[jax.Array, "B S N D"],
     v: Float[jax.Array, "B S N D"],
     lists: TileLists,
+    gated: Gated | None = None,
 ) -> tuple[Float[jax.Array, "B T N G D"], Float32[jax.Array, "B T N G"]]:
     """Runs the forward kernel.
 
@@ -198,23 +211,33 @@ def forward(
       k: keys in whole blocks.
       v: values, likewise.
       lists: from `gpu_lists.tile_lists`.
+      gated: what the output is summed with before it is written.
 
     Returns:
-      Output and log-sum-exp.
+      Output, or the gated sum, and log-sum-exp.
     """
-    batch, queries, heads, group, size = q.shape
+    heads, size = q.shape[2], q.shape[4]
     rows, tiles, pieces, width = lists.entries.shape
     consumers, stages, share = config.consumers, config.stages, config.share
     scale = size**-0.5 * gpu.LOG2_E
+    others = gated.others if gated else ()
+    gates = (tiling.in_tiles(jnp.stack(gated.gates), config, tiles),) if gated else ()
 
-    def body(q_ref, k_ref, v_ref, entries_ref, tiles_ref, o_ref, lse_ref, *scratch):
-        q_smem, k_smem, v_smem, entries_smem, lse_smem, q_ready, list_ready, loaded, consumed = scratch
+    def body(q_ref, k_ref, v_ref, entries_ref, tiles_ref, *rest):
+        gates_refs, other_refs, rest = (
+            rest[: len(gates)],
+            rest[len(gates) :][: len(others)],
+            rest[len(gates + others) :],
+        )
+        o_ref, lse_ref, q_smem, k_smem, v_smem, entries_smem, lse_smem, gates_smem, *barriers = rest
+        q_ready, other_ready, list_ready, loaded, consumed = barriers
         q_boxes, q_smem = q_smem if interpret is None else ((), q_smem)
         tile = tiling.this_tile()
-        entries = tiling.List(entries_smem, share)
         b, n = lax.div(tile.row, heads), lax.rem(tile.row, heads)
         warpgroup = lax.axis_index("warpgroup")
         count, whole, start, last = tile.about(tiles_ref)
+        turned = jnp.where(lax.rem(lax.div(tile.index, config.turn), 2) == 1, count - 1, -1) if config.turn else -1
+        entries = tiling.List(entries_smem, share, turned)
 
         @pl.when(warpgroup < consumers)
         def _():
@@ -224,9 +247,21 @@ def forward(
             first = tile.index * config.tokens + offset
             place = tiling.Place(b, n, first, warpgroup, config)
             tiling.fetch_queries(q_ref, q_boxes, q_tile, q_ready, place)
+            tile_place = tile.index * consumers + warpgroup
+            for source in gates_refs:
+                own = gates_smem.at[warpgroup]
+                plgpu.copy_gmem_to_smem(source.at[tile.row, tile_place], own, q_ready.at[warpgroup])
             plgpu.barrier_wait(list_ready)
             plgpu.barrier_wait(q_ready.at[warpgroup])
             left = tiling.hold(q_tile, config.q_registers)
+
+            def fetch_other(i):
+                plgpu.commit_smem()
+                tiling.fetch_queries(other_refs[i], q_boxes, q_tile, other_ready, place)
+
+            early = config.q_registers == size
+            if others and early:
+                fetch_other(0)
 
             def hide_later_keys(i, s):
                 return jnp.where(tiling.causal_mask(entries.block(i), start + offset, config.rows), s, -HIDDEN)
@@ -235,7 +270,7 @@ def forward(
                 acc, shift, total = carry
                 keys = k_smem.at[slot]
                 s = gpu.sum_of_products(gpu.times_transpose(left, keys), BLOCK, interpret)
-                s = lax.cond(i < whole, lambda s: s, functools.partial(hide_later_keys, i), s)
+                s = lax.cond(entries.place(i) < whole, lambda s: s, functools.partial(hide_later_keys, i), s)
                 seen = tiling.chosen_rows(mask, config.rows)
                 tops = gpu.fold_columns(jnp.maximum, s) * scale
                 bound = jnp.where(seen, shift + SLACK, jnp.inf)
@@ -284,16 +319,29 @@ def forward(
             total = total.sum(axis=1)
             empty = past | (total == 0.0)
             divisor = jnp.where(empty, 1.0, total)
-            o = acc * lax.broadcast_in_dim(1 / divisor, acc.shape, [0])
-            o = jnp.where(lax.broadcast_in_dim(past, acc.shape, [0]), 0.0, o).astype(o_ref.dtype)
-            for i, columns in enumerate(tiling.halves(size)):
-                q_tile.at[i][...] = o[:, columns]
+            own_gates = (
+                [plgpu.load(gates_smem.at[warpgroup, i], layout=ROW_LAYOUT) for i in range(len(others) + 1)]
+                if gated
+                else ()
+            )
+            weight = own_gates[0] / divisor if gated else 1 / divisor
+            o = acc * lax.broadcast_in_dim(weight, acc.shape, [0])
+            o = jnp.where(lax.broadcast_in_dim(past, acc.shape, [0]), 0.0, o)
+            o = [o[:, columns] for columns in tiling.halves(size)]
+            for i in range(len(others)):
+                if i or not early:
+                    fetch_other(i)
+                plgpu.barrier_wait(other_ready.at[warpgroup])
+                for half, value in enumerate(o):
+                    other = plgpu.load(q_tile.at[half], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+                    o[half] = value + other * lax.broadcast_in_dim(own_gates[i + 1], value.shape, [0])
+            for half, value in enumerate(o):
+                q_tile.at[half][...] = value.astype(o_ref.dtype)
             lse_tile = lse_smem.at[warpgroup]
             lse_tile[...] = jnp.where(empty, EMPTY_LSE, shift * math.log(2) + jnp.log(divisor))
             plgpu.commit_smem()
             tiling.store_queries(q_boxes, q_tile, o_ref, place)
-            place_of_lse = pl.ds((tile.index * consumers + warpgroup) * TILE_ROWS, TILE_ROWS)
-            plgpu.copy_smem_to_gmem(lse_tile, lse_ref.at[tile.row, place_of_lse])
+            plgpu.copy_smem_to_gmem(lse_tile, lse_ref.at[tile.row, tile_place])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(warpgroup == consumers)
@@ -309,11 +357,12 @@ def forward(
     if interpret is None:
         box = plgpu.SMEM((share, config.rows, tiling.HALF), q.dtype, transforms=(plgpu.SwizzleTransform(128),))
         q_memory = plgpu.RefUnion([[box] * halves[1] for _ in range(consumers)], q_memory)
+    copies = halves[1] * (1 if interpret is None else share)
     o, lse = plgpu.kernel(
         body,
         out_type=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((rows, tiles * consumers * TILE_ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((rows, tiles * consumers, TILE_ROWS), jnp.float32),
         ),
         scratch_types=(
             q_memory,
@@ -321,14 +370,14 @@ def forward(
             gpu.tile_memory((stages, BLOCK, size), q.dtype, 128 // config.parts),
             plgpu.SMEM((pieces, width), jnp.int32),
             plgpu.SMEM((consumers, TILE_ROWS), jnp.float32),
-            plgpu.Barrier(num_arrivals=halves[1] * (1 if interpret is None else share), num_barriers=consumers),
+            plgpu.SMEM((consumers, len(others) + 1, TILE_ROWS), jnp.float32),
+            plgpu.Barrier(num_arrivals=copies + len(gates), num_barriers=consumers),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=consumers),
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
         ),
         interpret=interpret,
         **tiling.launch(config, rows, tiles),
-    )(q, k, v, lists.entries, lists.tiles)
-    lse = lse.reshape(batch, heads, tiles * consumers, TILE_ROWS)[..., : share * config.rows]
-    lse = lse.reshape(batch, heads, tiles * config.tokens, config.rows)[:, :, :queries, :group]
-    return o, jnp.swapaxes(lse, 1, 2)
+    )(q, k, v, lists.entries, lists.tiles, *gates, *others)
+    return o, tiling.out_of_tiles(lse, q, config)

@@ -161,6 +161,29 @@ def test_wide_heads_and_whole_lists():
     )
 
 
+@pytest.mark.parametrize("others", [0, 2])
+def test_the_output_is_summed_with_other_branches(others):
+    """The gated sum of the kernel's own output, unrounded, and of other outputs, some of them past the lengths."""
+    queries, keys, length = 21, 130, jnp.array([141])
+    q, *outputs = (draw((1, queries, 1, 7, 64), seed, jnp.bfloat16) for seed in range(others + 1))
+    k, v = (mosaic_gpu.whole_blocks(draw((1, keys, 1, 64), seed, jnp.bfloat16), None) for seed in (5, 6))
+    gates = tuple(jnp.abs(draw(q.shape[:-1], 10 + i, jnp.float32)) for i in range(others + 1))
+    index = jnp.asarray(draw_choice(1, queries, 1, 2, keys - queries, keys, 3))
+    chosen = gpu_lists.visible_choice(index, jnp.minimum(length, keys), keys - queries, keys, BLOCK)
+    config = small_config(registers=64 * (others > 0), share=9).forward
+    lists = gpu_lists.tile_lists(chosen, length, keys - queries, keys, BLOCK, config.tokens)
+    run = jax.jit(
+        functools.partial(mosaic_gpu.forward, config, plgpu.InterpretGPUParams(detect_races=others > 0)),
+    )
+    o, lse = run(q, k, v, lists)
+    total, same_lse = run(q, k, v, lists, mosaic_gpu.Gated(gates, tuple(outputs)))
+    expected = sum(gate[..., None] * x.astype(jnp.float32) for gate, x in zip(gates, (o, *outputs), strict=True))
+    np.testing.assert_array_equal(lse, same_lse)
+    # bfloat16 keeps 8 bits: one rounding of the sum, one of the own output in what it is compared with.
+    assert jnp.linalg.norm(total.astype(jnp.float32) - expected) <= 6e-3 * jnp.linalg.norm(expected)
+    assert not gpu_callbacks.get_races().races_found
+
+
 def lowered(spec, config=None):
     q, k, v, _ = spec.shapes
     index = jax.ShapeDtypeStruct((*q.shape[:3], spec.block_count), jnp.int32)
