@@ -28,7 +28,6 @@ class TileConfig:
       q_registers: columns of the queries (and of dO) that the matrix units read from registers, not shared memory.
       share: tokens of one warpgroup.
       parts: of a block's keys, whose weights are found while the last part's are multiplied (forward).
-      turn: tiles after which lists are walked in the other direction; 0: always ascending (forward).
     """
 
     stages: int
@@ -36,7 +35,6 @@ class TileConfig:
     q_registers: int = 0
     share: int = TOKENS
     parts: int = 1
-    turn: int = 0
 
     def __post_init__(self):
         if self.stages < 2 or self.consumers not in REGISTERS:
@@ -111,8 +109,9 @@ def heuristic(queries: int, rows: int, head_dim: int, group: int = ROWS) -> Conf
     pieces = max(1, min(32, 4 * dkdv.pop("pieces") // max(rows, 1)))
     part = max(1024, -(-queries // (pieces * TOKENS)) * TOKENS)
     # A mask has 31 bits for the tokens of three warpgroups.
-    share = TILE_ROWS // group if TILE_ROWS // max(group, 1) <= 10 else TOKENS
-    forward = fields("forward", stages=5 if wide else 8, consumers=3, q_registers=128 if wide else 0)
+    share = TILE_ROWS // group if group > 0 and TILE_ROWS // group <= 10 else TOKENS
+    narrow = {"stages": 8, "consumers": 3, "q_registers": 0}
+    forward = fields("forward", **{"stages": 5, "consumers": 3, "q_registers": 64, "parts": 2} if wide else narrow)
     return Config(
         forward=TileConfig(share=share, **forward),
         dq=TileConfig(**fields("dq", stages=4 if wide else 8, q_registers=64 if wide else 0)),

@@ -1,6 +1,7 @@
 """What the kernels over tiles of queries share: fetching, masks, stores, launch."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,24 +61,18 @@ class List:
     Attributes:
       entries: [P, W].
       share: tokens of one warpgroup.
-      last: the entry to begin with where the list is walked backwards, -1 where it is walked forwards.
     """
 
     entries: Ref
     share: int = TOKENS
-    last: jax.Array | int = -1
-
-    def place(self, i: jax.Array) -> jax.Array:
-        """The entry that comes after i others."""
-        return i if isinstance(self.last, int) else jnp.where(self.last < 0, i, self.last - i)
 
     def block(self, i: jax.Array) -> jax.Array:
-        """The block that comes after i others."""
-        return self._number(2 * self.place(i))
+        """The block of entry i."""
+        return self._number(2 * i)
 
     def mask(self, i: jax.Array, warpgroup: jax.Array) -> jax.Array:
-        """Which of the warpgroup's tokens chose that block."""
-        return (self._number(2 * self.place(i) + 1) >> (warpgroup * self.share)) & (2**self.share - 1)
+        """Which of the warpgroup's tokens chose the block of entry i."""
+        return (self._number(2 * i + 1) >> (warpgroup * self.share)) & (2**self.share - 1)
 
     def _number(self, i: jax.Array | int) -> jax.Array:
         pieces, width = self.entries.shape
@@ -226,8 +221,9 @@ def fetch_blocks(
     consumed: Ref,
     batch: jax.Array,
     head: jax.Array,
+    finish: Callable[[], None] = lambda: None,
 ) -> None:
-    """Keeps the ring full: the blocks of the list, in order, of each (global, ring) pair of tensors."""
+    """Keeps the ring full: the blocks of the list, in order, of each (global, ring) pair of tensors; then `finish`."""
 
     def block_of(source: Ref, i: jax.Array) -> Ref:
         return source.at[batch, pl.ds(pl.multiple_of(entries.block(i) * BLOCK, BLOCK), BLOCK), head]
@@ -242,6 +238,7 @@ def fetch_blocks(
         return next_slot(slot, config.stages)
 
     lax.fori_loop(0, count, fetch, jnp.int32(0))
+    finish()
 
     # The ring is handed back empty: no arrival is left for a barrier of a thread block that has ended.
     @pl.loop(jnp.maximum(count - config.stages, 0), count)

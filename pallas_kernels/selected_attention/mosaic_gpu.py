@@ -220,6 +220,8 @@ def forward(
     rows, tiles, pieces, width = lists.entries.shape
     consumers, stages, share = config.consumers, config.stages, config.share
     scale = size**-0.5 * gpu.LOG2_E
+    if interpret is None and config.q_registers == size == tiling.HALF:
+        raise NotImplementedError("q_registers 64 at head size 64: ptxas 13.0 overwrites these registers in the loop")
     others = gated.others if gated else ()
     gates = (tiling.in_tiles(jnp.stack(gated.gates), config, tiles),) if gated else ()
 
@@ -236,8 +238,7 @@ def forward(
         b, n = lax.div(tile.row, heads), lax.rem(tile.row, heads)
         warpgroup = lax.axis_index("warpgroup")
         count, whole, start, last = tile.about(tiles_ref)
-        turned = jnp.where(lax.rem(lax.div(tile.index, config.turn), 2) == 1, count - 1, -1) if config.turn else -1
-        entries = tiling.List(entries_smem, share, turned)
+        entries = tiling.List(entries_smem, share)
 
         @pl.when(warpgroup < consumers)
         def _():
@@ -259,10 +260,6 @@ def forward(
                 plgpu.commit_smem()
                 tiling.fetch_queries(other_refs[i], q_boxes, q_tile, other_ready, place)
 
-            early = config.q_registers == size
-            if others and early:
-                fetch_other(0)
-
             def hide_later_keys(i, s):
                 return jnp.where(tiling.causal_mask(entries.block(i), start + offset, config.rows), s, -HIDDEN)
 
@@ -270,7 +267,7 @@ def forward(
                 acc, shift, total = carry
                 keys = k_smem.at[slot]
                 s = gpu.sum_of_products(gpu.times_transpose(left, keys), BLOCK, interpret)
-                s = lax.cond(entries.place(i) < whole, lambda s: s, functools.partial(hide_later_keys, i), s)
+                s = lax.cond(i < whole, lambda s: s, functools.partial(hide_later_keys, i), s)
                 seen = tiling.chosen_rows(mask, config.rows)
                 tops = gpu.fold_columns(jnp.maximum, s) * scale
                 bound = jnp.where(seen, shift + SLACK, jnp.inf)
@@ -329,8 +326,7 @@ def forward(
             o = jnp.where(lax.broadcast_in_dim(past, acc.shape, [0]), 0.0, o)
             o = [o[:, columns] for columns in tiling.halves(size)]
             for i in range(len(others)):
-                if i or not early:
-                    fetch_other(i)
+                fetch_other(i)
                 plgpu.barrier_wait(other_ready.at[warpgroup])
                 for half, value in enumerate(o):
                     other = plgpu.load(q_tile.at[half], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
@@ -350,7 +346,13 @@ def forward(
             plgpu.copy_gmem_to_smem(entries_ref.at[tile.row, tile.index], entries_smem, list_ready)
             plgpu.barrier_wait(list_ready)
             tensors = ((k_ref, k_smem), (v_ref, v_smem))
-            tiling.fetch_blocks(config, count, entries, tensors, loaded, consumed, b, n)
+
+            def bring_others_near():
+                tokens = pl.ds(tile.index * config.tokens, config.tokens)
+                for source in other_refs:
+                    plgpu.async_prefetch(source.at[b, tokens, n])
+
+            tiling.fetch_blocks(config, count, entries, tensors, loaded, consumed, b, n, bring_others_near)
 
     halves = (consumers, size // tiling.HALF)
     q_memory = gpu.tile_memory((*halves, TILE_ROWS, tiling.HALF), q.dtype)
