@@ -90,7 +90,7 @@ def kernels(
 
 
 def tune(queries: int, names: Collection[str]) -> list[dict[str, Any]]:
-    """The table's entries for one length and the kernels named; a configuration that fails is printed and cannot win."""
+    """The table's entries for one length and these kernels; a configuration that fails is printed and cannot win."""
     entries: dict[str, dict[str, Any]] = {}
     first: dict[str, Any] = {}
     for kernel, fields, fn, arguments in kernels(queries, names):
