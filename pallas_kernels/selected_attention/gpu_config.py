@@ -11,6 +11,9 @@ ROWS = 8
 TOKENS = 8
 """Tokens of one warpgroup; with 8 rows each they are one 64-row matrix product."""
 
+MASK_BITS = 31
+"""Tokens of a tile for which an entry of a list has bits."""
+
 PAIR = 2
 """Warpgroups that compute dk and dv."""
 
@@ -39,6 +42,8 @@ class TileConfig:
     def __post_init__(self):
         if self.stages < 2 or self.consumers not in REGISTERS:
             raise ValueError(f"{self} is no tile configuration, expected stages of at least 2 and 2 or 3 consumers")
+        if not TOKENS <= self.share <= MASK_BITS // self.consumers or self.parts not in (1, 2, 4):
+            raise ValueError(f"{self} is no tile configuration, expected masks of {MASK_BITS} bits and 1, 2 or 4 parts")
 
     @property
     def tokens(self) -> int:
@@ -108,8 +113,8 @@ def heuristic(queries: int, rows: int, head_dim: int, group: int = ROWS) -> Conf
     # sink has.
     pieces = max(1, min(32, 4 * dkdv.pop("pieces") // max(rows, 1)))
     part = max(1024, -(-queries // (pieces * TOKENS)) * TOKENS)
-    # A mask has 31 bits for the tokens of three warpgroups.
-    share = TILE_ROWS // group if group > 0 and TILE_ROWS // group <= 10 else TOKENS
+    share = TILE_ROWS // max(group, 1)
+    share = share if share <= MASK_BITS // max(REGISTERS) else TOKENS
     narrow = {"stages": 8, "consumers": 3, "q_registers": 0}
     forward = fields("forward", **{"stages": 5, "consumers": 3, "q_registers": 64, "parts": 2} if wide else narrow)
     return Config(

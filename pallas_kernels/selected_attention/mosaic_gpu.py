@@ -1,7 +1,8 @@
 """Selected attention on Hopper: the forward kernel and the operation's gradient rule, in Mosaic GPU.
 
-A thread block owns 16 neighbouring tokens of one KV head and reads the union of their blocks once: two warpgroups of
-8 tokens x 8 rows multiply, a third keeps a ring of K and V blocks full. docs/kernels.md draws it.
+A thread block owns neighbouring tokens of one KV head (27 where each has 7 query heads) and reads the union of their
+blocks once: three warpgroups of 64 rows multiply, a fourth keeps a ring of K and V blocks full. docs/kernels.md draws
+it.
 """
 
 import functools
@@ -29,9 +30,8 @@ from pallas_kernels.selected_attention.gpu_tiles import BLOCK
 SAVED = ("selected_output", "selected_lse")
 """Names of what the gradient keeps besides its inputs, for `jax.checkpoint_policies.save_only_these_names`."""
 
-
 SLACK = 8.0
-"""A row's shift is raised when an exponent would pass it by more, so that probabilities stay below 2^8."""
+"""What a row's exponents subtract follows their maximum only when it falls behind by more: weights stay below 2^8."""
 
 
 class Gated(NamedTuple):
@@ -225,12 +225,11 @@ def forward(
     others = gated.others if gated else ()
     gates = (tiling.in_tiles(jnp.stack(gated.gates), config, tiles),) if gated else ()
 
+    kinds = len(gated.gates) if gated else 0
+
     def body(q_ref, k_ref, v_ref, entries_ref, tiles_ref, *rest):
-        gates_refs, other_refs, rest = (
-            rest[: len(gates)],
-            rest[len(gates) :][: len(others)],
-            rest[len(gates + others) :],
-        )
+        rest = iter(rest)
+        gates_refs, other_refs = ([next(rest) for _ in x] for x in (gates, others))
         o_ref, lse_ref, q_smem, k_smem, v_smem, entries_smem, lse_smem, gates_smem, *barriers = rest
         q_ready, other_ready, list_ready, loaded, consumed = barriers
         q_boxes, q_smem = q_smem if interpret is None else ((), q_smem)
@@ -246,19 +245,15 @@ def forward(
             q_tile = q_smem.at[warpgroup]
             offset = warpgroup * share
             first = tile.index * config.tokens + offset
+            in_order = tile.index * consumers + warpgroup
             place = tiling.Place(b, n, first, warpgroup, config)
             tiling.fetch_queries(q_ref, q_boxes, q_tile, q_ready, place)
-            tile_place = tile.index * consumers + warpgroup
             for source in gates_refs:
                 own = gates_smem.at[warpgroup]
-                plgpu.copy_gmem_to_smem(source.at[tile.row, tile_place], own, q_ready.at[warpgroup])
+                plgpu.copy_gmem_to_smem(source.at[tile.row, in_order], own, q_ready.at[warpgroup])
             plgpu.barrier_wait(list_ready)
             plgpu.barrier_wait(q_ready.at[warpgroup])
             left = tiling.hold(q_tile, config.q_registers)
-
-            def fetch_other(i):
-                plgpu.commit_smem()
-                tiling.fetch_queries(other_refs[i], q_boxes, q_tile, other_ready, place)
 
             def hide_later_keys(i, s):
                 return jnp.where(tiling.causal_mask(entries.block(i), start + offset, config.rows), s, -HIDDEN)
@@ -269,6 +264,7 @@ def forward(
                 s = gpu.sum_of_products(gpu.times_transpose(left, keys), BLOCK, interpret)
                 s = lax.cond(i < whole, lambda s: s, functools.partial(hide_later_keys, i), s)
                 seen = tiling.chosen_rows(mask, config.rows)
+                # Until a row's exponents outgrow their shift, no thread asks another and nothing is rescaled.
                 tops = gpu.fold_columns(jnp.maximum, s) * scale
                 bound = jnp.where(seen, shift + SLACK, jnp.inf)
                 excess = tops - lax.broadcast_in_dim(bound, tops.shape, [0])
@@ -316,28 +312,25 @@ def forward(
             total = total.sum(axis=1)
             empty = past | (total == 0.0)
             divisor = jnp.where(empty, 1.0, total)
-            own_gates = (
-                [plgpu.load(gates_smem.at[warpgroup, i], layout=ROW_LAYOUT) for i in range(len(others) + 1)]
-                if gated
-                else ()
-            )
-            weight = own_gates[0] / divisor if gated else 1 / divisor
+            own_gates = [plgpu.load(gates_smem.at[warpgroup, i], layout=ROW_LAYOUT) for i in range(kinds)]
+            weight = (own_gates[0] if gated else 1.0) / divisor
             o = acc * lax.broadcast_in_dim(weight, acc.shape, [0])
             o = jnp.where(lax.broadcast_in_dim(past, acc.shape, [0]), 0.0, o)
             o = [o[:, columns] for columns in tiling.halves(size)]
-            for i in range(len(others)):
-                fetch_other(i)
+            for source, gate in zip(other_refs, own_gates[1:], strict=True):
+                plgpu.commit_smem()
+                tiling.fetch_queries(source, q_boxes, q_tile, other_ready, place)
                 plgpu.barrier_wait(other_ready.at[warpgroup])
                 for half, value in enumerate(o):
                     other = plgpu.load(q_tile.at[half], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-                    o[half] = value + other * lax.broadcast_in_dim(own_gates[i + 1], value.shape, [0])
+                    o[half] = value + other * lax.broadcast_in_dim(gate, value.shape, [0])
             for half, value in enumerate(o):
                 q_tile.at[half][...] = value.astype(o_ref.dtype)
             lse_tile = lse_smem.at[warpgroup]
             lse_tile[...] = jnp.where(empty, EMPTY_LSE, shift * math.log(2) + jnp.log(divisor))
             plgpu.commit_smem()
             tiling.store_queries(q_boxes, q_tile, o_ref, place)
-            plgpu.copy_smem_to_gmem(lse_tile, lse_ref.at[tile.row, tile_place])
+            plgpu.copy_smem_to_gmem(lse_tile, lse_ref.at[tile.row, in_order])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(warpgroup == consumers)
@@ -372,7 +365,7 @@ def forward(
             gpu.tile_memory((stages, BLOCK, size), q.dtype, 128 // config.parts),
             plgpu.SMEM((pieces, width), jnp.int32),
             plgpu.SMEM((consumers, TILE_ROWS), jnp.float32),
-            plgpu.SMEM((consumers, len(others) + 1, TILE_ROWS), jnp.float32),
+            plgpu.SMEM((consumers, max(kinds, 1), TILE_ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=copies + len(gates), num_barriers=consumers),
             plgpu.Barrier(num_arrivals=copies, num_barriers=consumers),
             plgpu.Barrier(),

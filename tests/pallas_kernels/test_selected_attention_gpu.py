@@ -163,13 +163,13 @@ def test_wide_heads_and_whole_lists():
 
 @pytest.mark.parametrize("others", [0, 2])
 def test_the_output_is_summed_with_other_branches(others):
-    """The gated sum of the kernel's own output, unrounded, and of other outputs, some of them past the lengths."""
-    queries, keys, length = 21, 130, jnp.array([141])
+    """The gated sum of the kernel's own output, unrounded, and of others'."""
+    queries, keys, length = 21, 130, jnp.array([126])
     q, *outputs = (draw((1, queries, 1, 7, 64), seed, jnp.bfloat16) for seed in range(others + 1))
     k, v = (mosaic_gpu.whole_blocks(draw((1, keys, 1, 64), seed, jnp.bfloat16), None) for seed in (5, 6))
     gates = tuple(jnp.abs(draw(q.shape[:-1], 10 + i, jnp.float32)) for i in range(others + 1))
     index = jnp.asarray(draw_choice(1, queries, 1, 2, keys - queries, keys, 3))
-    chosen = gpu_lists.visible_choice(index, jnp.minimum(length, keys), keys - queries, keys, BLOCK)
+    chosen = gpu_lists.visible_choice(index, length, keys - queries, keys, BLOCK)
     config = small_config(registers=64 * (others > 0), share=9).forward
     lists = gpu_lists.tile_lists(chosen, length, keys - queries, keys, BLOCK, config.tokens)
     run = jax.jit(
@@ -307,6 +307,21 @@ def test_another_device_is_named():
     q, k = jnp.zeros((1, 4, 1, 2, 64), jnp.bfloat16), jnp.zeros((1, 4, 1, 64), jnp.bfloat16)
     with pytest.raises(NotImplementedError, match=r"needs a Hopper GPU .compute capability 9.0., not platform 'cpu'"):
         selected_attention(q, k, k, jnp.zeros((1, 4, 1, 1), jnp.int32), block_size=64, implementation="mosaic_gpu")
+
+
+def test_registers_that_the_assembler_loses_are_refused():
+    q, k = jnp.zeros((1, 4, 1, 2, 64), jnp.bfloat16), jnp.zeros((1, 4, 1, 64), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="q_registers 64 at head size 64"):
+        mosaic_gpu.selected_attention(
+            q,
+            k,
+            k,
+            jnp.zeros((1, 4, 1, 1), jnp.int32),
+            block_size=64,
+            q_offset=0,
+            lengths=None,
+            config=small_config(registers=64),
+        )
 
 
 def test_nothing_to_attend_to():
