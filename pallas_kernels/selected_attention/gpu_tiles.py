@@ -1,7 +1,6 @@
 """What the kernels over tiles of queries share: fetching, masks, stores, launch."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -221,9 +220,8 @@ def fetch_blocks(
     consumed: Ref,
     batch: jax.Array,
     head: jax.Array,
-    finish: Callable[[], None] = lambda: None,
 ) -> None:
-    """Keeps the ring full: the blocks of the list, in order, of each (global, ring) pair of tensors; then `finish`."""
+    """Keeps the ring full: the blocks of the list, in order, of each (global, ring) pair of tensors."""
 
     def block_of(source: Ref, i: jax.Array) -> Ref:
         return source.at[batch, pl.ds(pl.multiple_of(entries.block(i) * BLOCK, BLOCK), BLOCK), head]
@@ -238,7 +236,6 @@ def fetch_blocks(
         return next_slot(slot, config.stages)
 
     lax.fori_loop(0, count, fetch, jnp.int32(0))
-    finish()
 
     # The ring is handed back empty: no arrival is left for a barrier of a thread block that has ended.
     @pl.loop(jnp.maximum(count - config.stages, 0), count)

@@ -339,13 +339,7 @@ def forward(
             plgpu.copy_gmem_to_smem(entries_ref.at[tile.row, tile.index], entries_smem, list_ready)
             plgpu.barrier_wait(list_ready)
             tensors = ((k_ref, k_smem), (v_ref, v_smem))
-
-            def bring_others_near():
-                tokens = pl.ds(tile.index * config.tokens, config.tokens)
-                for source in other_refs:
-                    plgpu.async_prefetch(source.at[b, tokens, n])
-
-            tiling.fetch_blocks(config, count, entries, tensors, loaded, consumed, b, n, bring_others_near)
+            tiling.fetch_blocks(config, count, entries, tensors, loaded, consumed, b, n)
 
     halves = (consumers, size // tiling.HALF)
     q_memory = gpu.tile_memory((*halves, TILE_ROWS, tiling.HALF), q.dtype)
