@@ -186,7 +186,7 @@ def time_pieces(
     entries = listed[0].tiles[..., 0]
     record["union_blocks_per_tile"] = float(entries.mean())
     mask = listed[0].entries.reshape(*entries.shape, -1, 2)[..., 1]
-    record["blocks_per_warpgroup"] = float(((mask & 255) != 0).sum() / entries.size)
+    record["blocks_per_warpgroup"] = float(((mask & (2**config.forward.share - 1)) != 0).sum() / entries.size)
     report(record, "forward", median_ms(forward, forward_args))
     report(record, "tile_lists", median_ms(lambda i: tile_fn(i, config.forward.tokens), [(i,) for i in choices]))
 
@@ -225,7 +225,7 @@ def small_checks(record: dict[str, Any]) -> bool:
     """Checks a short input: each kernel's compilation, a sink in split lists, ragged lengths."""
     queries = 2048 + 21
     tensors = draw_tensors(queries, 7)
-    config = gpu_config.heuristic(queries, HEADS, SIZE)
+    config = gpu_config.heuristic(queries, HEADS, SIZE, GROUP)
     index = draw_choice(queries, 0.5, 7, places=8)
 
     pieces: dict[str, Any] = {}
@@ -368,7 +368,7 @@ def main() -> None:
         print(f"T = {queries}", flush=True)
         at: dict[str, Any] = {}
         result["lengths"][queries] = at
-        config = gpu_config.heuristic(queries, HEADS, SIZE)
+        config = gpu_config.heuristic(queries, HEADS, SIZE, GROUP)
         at["config"] = dataclasses.asdict(config)
         inputs = [draw_tensors(queries, seed) for seed in range(args.inputs)]
         attempt(at, "dense_forward", lambda: median_ms(jax.jit(dense), [x[:3] for x in inputs], 3))  # noqa: B023

@@ -1,14 +1,18 @@
 """What the Hopper kernels of every operation share: refusals, shared memory, products on the matrix units."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.experimental.mosaic.gpu as mgpu
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jaxtyping import Float, Float32, Shaped
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, nvvm, vector
+from jaxtyping import Bool, Float, Float32, Shaped
 
 LOG2_E = math.log2(math.e)
 
@@ -90,10 +94,10 @@ def delta_of(
     return jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
 
 
-def tile_memory(shape: tuple[int, ...], dtype: Any) -> Any:
+def tile_memory(shape: tuple[int, ...], dtype: Any, swizzle: int = 128) -> Any:
     """Shared memory that the matrix units read: 128-byte swizzle over tiles of 8 rows."""
-    columns = 128 // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
+    columns = swizzle // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)))
 
 
 def product(left: jax.Array | Ref, right: Ref, columns: int, interpret: Any = None) -> jax.Array:
@@ -181,3 +185,65 @@ def add_two_products(
             plgpu.wgmma(acc_ref, left, right)
 
     return pl.run_state(accumulate)(tuple(plgpu.ACC.init(acc) for acc in accs))
+
+
+def any_positive(x: Float32[jax.Array, "64 C"], interpret: Any) -> Bool[jax.Array, ""]:
+    """Whether an element that the calling warp holds (16 rows of a tile) is positive; of all rows when interpreting."""
+    if interpret is not None:
+        return jnp.any(x > 0)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=plgpu.ShapeDtypeStruct((), jnp.bool_, None))
+    def vote(_: Any, held: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+        flat = [vector.extract(pair, [], [i]) for pair in held.registers.flat for i in range(pair.type.shape[0])]
+        zero = arith.constant(ir.F32Type.get(), 0.0)
+        positive = [arith.cmpf(arith.CmpFPredicate.OGT, value, zero) for value in flat]
+        everyone = arith.constant(ir.IntegerType.get_signless(32), -1)
+        found = nvvm.vote_sync(everyone, functools.reduce(arith.ori, positive), "any")
+        return mgpu.FragmentedArray.splat(found, (), is_signed=False)
+
+    return vote(x)
+
+
+def fold_columns(fold: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """[64, C] to [64, 8]: columns that one thread holds, folded without asking another thread."""
+    return functools.reduce(fold, (x[:, i : i + 8] for i in range(0, x.shape[1], 8)))
+
+
+def add_products(
+    acc: jax.Array,
+    left: Callable[[Any, slice], tuple[Any, jax.Array]],
+    carry: Any,
+    right: Ref,
+    parts: int,
+    interpret: Any,
+) -> tuple[jax.Array, Any]:
+    """acc + left @ right, where the columns of `left` come one part after another, each while the last is multiplied.
+
+    Args:
+      acc: [64, columns] float32.
+      left: (carry, columns) -> carry and these columns of the left operand, in registers.
+      carry: what the first call is given.
+      right: in shared memory.
+      parts: how many.
+      interpret: parameters of Pallas's GPU interpreter; None compiles.
+
+    Returns:
+      The sum, and the last carry.
+    """
+    size = right.shape[0] // parts
+    columns = [slice(i * size, (i + 1) * size) for i in range(parts)]
+    if interpret is not None:
+        for own in columns:
+            carry, part = left(carry, own)
+            acc = add_product(acc, part, right.at[pl.ds(own.start, size)], interpret)
+        return acc, carry
+
+    def accumulate(acc_ref: Ref) -> tuple[jax.Array, Any]:
+        carried = carry
+        acc_ref[...] = acc
+        for own in columns:
+            carried, part = left(carried, own)
+            plgpu.wgmma(acc_ref, part, right.at[pl.ds(own.start, size)])
+        return acc_ref[...], carried
+
+    return pl.run_scoped(accumulate, plgpu.ACC(acc.shape, jnp.float32))

@@ -57,11 +57,14 @@ class Branch:
       forward: (settings, q, k, v, prepared) -> output in q's dtype, log-sum-exp in float32.
       backward: (settings, q, k, v, do, lse, delta, prepared) -> dq, dk, dv, for probabilities exp(logits - lse) and
         ds = p (do v^T - delta). What do holds past a row's length does not matter.
+      summed: (settings, q, k, v, prepared, gate, gates of others, others' outputs) -> the gated sum in q's dtype; None:
+        only `forward` is there.
     """
 
     prepare: Callable[..., tuple[Any, Any]]
     forward: Callable[..., tuple[jax.Array, jax.Array]]
     backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+    summed: Callable[..., jax.Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +211,20 @@ def _selected_forward(
     return selected_attention.forward(_selected_config(q).forward, settings.interpret, q, k, v, lists)
 
 
+def _selected_summed(
+    settings: Settings,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lists: selected_lists.TileLists,
+    gate: jax.Array,
+    gates: list[jax.Array],
+    others: list[jax.Array],
+) -> jax.Array:
+    gated = selected_attention.Gated((gate, *gates), tuple(others))
+    return selected_attention.forward(_selected_config(q).forward, settings.interpret, q, k, v, lists, gated)[0]
+
+
 def _selected_backward(
     settings: Settings,
     q: jax.Array,
@@ -228,7 +245,7 @@ def _selected_backward(
 
 
 def _selected_config(q: jax.Array) -> selected_config.Config:
-    return selected_config.heuristic(q.shape[1], q.shape[0] * q.shape[2], q.shape[4])
+    return selected_config.heuristic(q.shape[1], q.shape[0] * q.shape[2], q.shape[4], q.shape[3])
 
 
 def _choose(
@@ -253,7 +270,7 @@ HOPPER = Operations(
         functools.partial(_flash_forward, False),
         functools.partial(_flash_backward, False),
     ),
-    selected=Branch(_prepare_selected, _selected_forward, _selected_backward),
+    selected=Branch(_prepare_selected, _selected_forward, _selected_backward, _selected_summed),
     window=Branch(
         _prepare_window,
         functools.partial(_flash_forward, True),
@@ -340,7 +357,7 @@ def _attend(
     length: jax.Array,
     q_offset: jax.Array,
 ) -> jax.Array:
-    return _attend_forward(settings, q, k, v, scaled_logits, block_indices, length, q_offset)[0]
+    return _run(settings, q, k, v, scaled_logits, block_indices, length, q_offset, keep=False)[0]
 
 
 def _attend_forward(
@@ -355,7 +372,30 @@ def _attend_forward(
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     names = ("nsa_query", "nsa_key", "nsa_value", "nsa_gate_logits")
     q, k, v, scaled_logits = map(checkpoint_name, (q, k, v, scaled_logits), names)
+    o, kept = _run(settings, q, k, v, scaled_logits, block_indices, length, q_offset, keep=True)
+    return o, (q, k, v, scaled_logits, kept, length, q_offset)
+
+
+def _run(
+    settings: Settings,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scaled_logits: jax.Array,
+    block_indices: jax.Array | None,
+    length: jax.Array,
+    q_offset: jax.Array,
+    *,
+    keep: bool,
+) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array, Any]]]:
+    """The gated sum and, to `keep` for the gradient, each branch's output, log-sum-exp and what its kernels read.
+
+    Where nothing is kept, the last branch that can sums as it writes its output.
+    """
     results, prepared = {}, {}
+    gates = jax.nn.sigmoid(scaled_logits)
+    gate = {name: gates[..., BRANCHES.index(name)] for name in settings.used}
+    summing = "selected" in settings.used and not keep and settings.operations.selected.summed
 
     def run(name: str, k: jax.Array, v: jax.Array) -> jax.Array:
         branch = getattr(settings.operations, name)
@@ -374,16 +414,20 @@ def _attend_forward(
         if block_indices is not None:
             own = choice.words if isinstance(choice, Words) else choice
             choice = replaced_choice(own, block_indices)
-    for name in ("selected", "window"):
-        if name in settings.used:
-            run(name, k, v)
+    if "window" in settings.used:
+        run("window", k, v)
+    if summing:
+        selected = settings.operations.selected
+        others = [name for name in settings.used if name != "selected"]
+        work, _ = selected.prepare(settings, q, k, choice, length, q_offset)
+        outputs = [results[name][0] for name in others]
+        o = selected.summed(settings, q, k, v, work, gate["selected"], [gate[name] for name in others], outputs)
+        return o, {}
+    if "selected" in settings.used:
+        run("selected", k, v)
 
-    gates = jax.nn.sigmoid(scaled_logits)
-    o = sum(
-        gates[..., BRANCHES.index(name), None] * results[name][0].astype(jnp.float32) for name in settings.used
-    ).astype(q.dtype)
-    kept = {name: (*results[name], prepared[name]) for name in settings.used}
-    return o, (q, k, v, scaled_logits, kept, length, q_offset)
+    o = sum(gate[name][..., None] * results[name][0].astype(jnp.float32) for name in settings.used)
+    return o.astype(q.dtype), {name: (*results[name], prepared[name]) for name in settings.used}
 
 
 def _attend_backward(settings: Settings, saved: tuple[Any, ...], do: jax.Array) -> tuple[jax.Array | None, ...]:

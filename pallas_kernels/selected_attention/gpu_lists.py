@@ -104,12 +104,13 @@ def tile_lists(
     tiles = -(-queries // tokens)
     rows = batch * heads
     chosen = jnp.pad(chosen, [(0, 0), (0, 0), (0, tiles * tokens - queries), (0, 0)], constant_values=-1)
-    chosen = chosen.reshape(rows, tiles * tokens * places)
-    token = jnp.arange(tiles * tokens, dtype=jnp.int32).repeat(places)
+    chosen = chosen.reshape(rows, tiles, tokens, places)
+    row, tile = jnp.arange(rows)[:, None, None, None], jnp.arange(tiles)[:, None, None]
+    bit = jnp.broadcast_to(1 << jnp.arange(tokens, dtype=jnp.int32)[:, None], chosen.shape)
     # Each (token, block) occurs once, so that the sum is the union of the bits.
     table = jnp.zeros((rows, tiles, blocks), jnp.int32)
-    table = table.at[jnp.arange(rows)[:, None], token // tokens, jnp.where(chosen < 0, blocks, chosen)].add(
-        1 << (token % tokens), mode="drop"
+    table = table.at[row, tile, jnp.where(chosen < 0, blocks, chosen)].add(
+        bit, mode="drop", wrap_negative_indices=False
     )
 
     return _lists_of(table, length, q_offset, queries, min(tokens * places, blocks), block_size, tokens)
@@ -165,7 +166,9 @@ def _lists_of(
     """The lists of a table that holds, for each tile and block, a bit per token that chose it."""
     rows, tiles, blocks = table.shape
     heads = rows // length.shape[0]
-    listed = table != 0
+    # Neither compared with 0 here nor with indices below 0: XLA would write a second array of zeros beside the one that
+    # bits are scattered to, and read it.
+    listed = table >= 1
     count, place = _places(listed)
     width = min(256, -(-2 * capacity // 32) * 32)
     capacity = -(-2 * capacity // width) * width // 2
@@ -175,7 +178,12 @@ def _lists_of(
         jnp.arange(rows)[:, None, None],
         jnp.arange(tiles)[:, None],
         jnp.where(listed, place, capacity),
-    ].set(jnp.stack([jnp.broadcast_to(block, table.shape), table], axis=-1), mode="drop", unique_indices=True)
+    ].set(
+        jnp.stack([jnp.broadcast_to(block, table.shape), table], axis=-1),
+        mode="drop",
+        unique_indices=True,
+        wrap_negative_indices=False,
+    )
 
     first = query_indices(tiles * tokens, q_offset)[::tokens]
     whole = listed & (block < ((first + 1) // block_size)[:, None])

@@ -35,7 +35,7 @@ def test_the_nearest_length_within_a_factor_of_two_serves(table):
 
 
 def test_a_measured_configuration_comes_before_the_rule(table):
-    table([entry("selected_forward", 8192, stages=3, consumers=2, q_registers=0)])
+    table([entry("selected_forward", 8192, stages=3, consumers=2, q_registers=0, parts=1)])
     assert gpu_config.heuristic(8192, 4, 128).forward == gpu_config.TileConfig(3, 2, 0)
     assert gpu_config.heuristic(8192, 4, 64).forward == gpu_config.TileConfig(8, 3, 0)
 

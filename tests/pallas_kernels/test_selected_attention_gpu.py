@@ -18,9 +18,10 @@ from pallas_kernels.specs import SPECS
 BLOCK = 64
 
 
-def small_config(consumers=2, part=8, registers=0):
+def small_config(consumers=2, part=8, registers=0, share=8):
     tiles = gpu_config.TileConfig(2, consumers, registers)
-    return gpu_config.Config(forward=tiles, dq=tiles, dkdv=gpu_config.BlockConfig(2, part))
+    forward = gpu_config.TileConfig(2, consumers, registers, share)
+    return gpu_config.Config(forward=forward, dq=tiles, dkdv=gpu_config.BlockConfig(2, part))
 
 
 def draw(shape, seed, dtype, end=None):
@@ -131,6 +132,22 @@ def test_three_warpgroups():
     )
 
 
+def test_tokens_without_gaps_between_their_rows():
+    compare(
+        jnp.bfloat16,
+        7,
+        128,
+        batch=2,
+        queries=29,
+        keys=150,
+        places=2,
+        q_offset=110,
+        lengths=(139, 131),
+        config=small_config(share=9),
+        races=True,
+    )
+
+
 def test_wide_heads_and_whole_lists():
     compare(
         jnp.bfloat16,
@@ -142,6 +159,29 @@ def test_wide_heads_and_whole_lists():
         q_offset=64,
         config=small_config(part=64),
     )
+
+
+@pytest.mark.parametrize("others", [0, 2])
+def test_the_output_is_summed_with_other_branches(others):
+    """The gated sum of the kernel's own output, unrounded, and of others'."""
+    queries, keys, length = 21, 130, jnp.array([126])
+    q, *outputs = (draw((1, queries, 1, 7, 64), seed, jnp.bfloat16) for seed in range(others + 1))
+    k, v = (mosaic_gpu.whole_blocks(draw((1, keys, 1, 64), seed, jnp.bfloat16), None) for seed in (5, 6))
+    gates = tuple(jnp.abs(draw(q.shape[:-1], 10 + i, jnp.float32)) for i in range(others + 1))
+    index = jnp.asarray(draw_choice(1, queries, 1, 2, keys - queries, keys, 3))
+    chosen = gpu_lists.visible_choice(index, length, keys - queries, keys, BLOCK)
+    config = small_config(registers=64 * (others > 0), share=9).forward
+    lists = gpu_lists.tile_lists(chosen, length, keys - queries, keys, BLOCK, config.tokens)
+    run = jax.jit(
+        functools.partial(mosaic_gpu.forward, config, plgpu.InterpretGPUParams(detect_races=others > 0)),
+    )
+    o, lse = run(q, k, v, lists)
+    total, same_lse = run(q, k, v, lists, mosaic_gpu.Gated(gates, tuple(outputs)))
+    expected = sum(gate[..., None] * x.astype(jnp.float32) for gate, x in zip(gates, (o, *outputs), strict=True))
+    np.testing.assert_array_equal(lse, same_lse)
+    # bfloat16 keeps 8 bits: one rounding of the sum, one of the own output in what it is compared with.
+    assert jnp.linalg.norm(total.astype(jnp.float32) - expected) <= 6e-3 * jnp.linalg.norm(expected)
+    assert not gpu_callbacks.get_races().races_found
 
 
 def lowered(spec, config=None):
@@ -267,6 +307,21 @@ def test_another_device_is_named():
     q, k = jnp.zeros((1, 4, 1, 2, 64), jnp.bfloat16), jnp.zeros((1, 4, 1, 64), jnp.bfloat16)
     with pytest.raises(NotImplementedError, match=r"needs a Hopper GPU .compute capability 9.0., not platform 'cpu'"):
         selected_attention(q, k, k, jnp.zeros((1, 4, 1, 1), jnp.int32), block_size=64, implementation="mosaic_gpu")
+
+
+def test_registers_that_the_assembler_loses_are_refused():
+    q, k = jnp.zeros((1, 4, 1, 2, 64), jnp.bfloat16), jnp.zeros((1, 4, 1, 64), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="q_registers 64 at head size 64"):
+        mosaic_gpu.selected_attention(
+            q,
+            k,
+            k,
+            jnp.zeros((1, 4, 1, 1), jnp.int32),
+            block_size=64,
+            q_offset=0,
+            lengths=None,
+            config=small_config(registers=64),
+        )
 
 
 def test_nothing_to_attend_to():
