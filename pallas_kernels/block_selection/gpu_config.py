@@ -16,7 +16,7 @@ LANES = 32
 
 
 MULTIPROCESSORS = 132
-"""Of an H100 or H200 (SXM); each runs one thread block of the importance kernel at a time."""
+"""Of an H100 or H200 (SXM); each runs one thread block of the importance kernel."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Config:
     Attributes:
       stages: tiles of block means in flight.
       columns: block means per tile; 64 or 128.
+      programs: thread blocks of the importance kernel, each of which walks over its share of the queries.
       row_values: scores that a thread of the choosing kernel keeps in registers.
       variants: lengths of rows that the choosing kernel is compiled for: a query's row is as long as its past.
       score_bytes: most device memory for the scores of one chunk of queries.
@@ -33,6 +34,7 @@ class Config:
 
     stages: int
     columns: int = COLUMNS
+    programs: int = MULTIPROCESSORS
     row_values: int = 40
     variants: int = 4
     score_bytes: int = 1 << 29
@@ -43,7 +45,7 @@ class Config:
 
     def shared_memory(self, group: int, head_dim: int) -> int:
         """Bytes of shared memory of the importance kernel, less the barriers."""
-        return (group * TILE_ROWS + self.stages * self.columns) * head_dim * 2
+        return (group * TILE_ROWS + self.stages * self.columns) * head_dim * 2 + group * TILE_ROWS * 4
 
     def chunk(self, queries: int, rows: int, columns: int) -> int:
         """Queries per chunk: whole tiles, scores within `score_bytes`, thread blocks that fill the device evenly."""
