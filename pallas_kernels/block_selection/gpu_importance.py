@@ -30,8 +30,8 @@ def importance(
 
     A thread block stays and walks over its share of the tiles of 64 tokens: the queries of all heads of one KV head are
     in shared memory, and block means pass by, a tile at a time, up to the tokens' last candidate. Its warpgroups take
-    turns at the tiles of means, across tiles of queries too; a head's queries are replaced by the next tile's as soon as
-    their last product is done.
+    turns at the tiles of means, across tiles of queries too; the next tile's queries replace a head's once their last
+    product is done.
 
     Args:
       config: tiles of block means, thread blocks.
