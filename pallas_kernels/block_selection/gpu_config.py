@@ -64,9 +64,10 @@ class Config:
         return min(1 << (most.bit_length() - 1), TILE_ROWS // WARPS)
 
     def widths(self, words: int) -> tuple[int, ...]:
-        """Words per row of the choosing kernel's variants."""
+        """Words per row of the choosing kernel's variants; the last word of all, a partial block's, has one more."""
         parts = range(1, self.variants + 1)
-        return tuple(sorted({words_for(-(-words * part // self.variants) * LANES) for part in parts}))
+        whole = words - 1
+        return tuple(sorted({words_for(-(-whole * part // self.variants) * LANES) for part in parts} | {words}))
 
 
 def heuristic(head_dim: int) -> Config:
