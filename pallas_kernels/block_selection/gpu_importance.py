@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Float, Float32, Int32
 
 from pallas_kernels import gpu
-from pallas_kernels.block_selection.gpu_config import CONSUMERS, Config
+from pallas_kernels.block_selection.gpu_config import REGISTERS, Config
 from pallas_kernels.gpu import ROW_LAYOUT, TILE_ROWS
 
 
@@ -52,7 +52,7 @@ def importance(
     programs = min(rows * tiles, config.programs)
     width = config.columns
     key_tiles = -(-k_blocks.shape[1] // width)
-    stages = config.stages
+    stages, consumers = config.stages, config.consumers
     scale = size**-0.5 * gpu.LOG2_E
 
     def body(
@@ -86,18 +86,18 @@ def importance(
 
             return lax.fori_loop(0, -(-rows * tiles // programs), step, (means_of(jnp.int32(0)), jnp.int32(0)))[1]
 
-        @pl.when(warpgroup < CONSUMERS)
+        @pl.when(warpgroup < consumers)
         def _():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(REGISTERS[consumers][0], action="increase")
 
             def score(b: Any, n: Any, tile: Any, count: Any, done: Any) -> None:
-                own = lax.rem(CONSUMERS - lax.rem(done, CONSUMERS) + warpgroup, CONSUMERS)
+                own = lax.rem(consumers - lax.rem(done, consumers) + warpgroup, consumers)
 
                 # A barrier's phase is lost on who skips one: every warpgroup passes every tile.
                 @pl.loop(0, count)
                 def _(j):
                     slot = lax.rem(done + j, stages)
-                    turn = lax.rem(j, CONSUMERS) == own
+                    turn = lax.rem(j, consumers) == own
                     plgpu.barrier_wait(loaded.at[slot])
 
                     @pl.when(turn)
@@ -105,8 +105,8 @@ def importance(
                         queries = _Queries(
                             q_smem,
                             lse_smem,
-                            lambda g: pl.when(j < CONSUMERS)(lambda: plgpu.barrier_wait(q_loaded.at[g])),
-                            lambda g: pl.when(j >= count - CONSUMERS)(lambda: plgpu.barrier_arrive(q_free.at[g])),
+                            lambda g: pl.when(j < consumers)(lambda: plgpu.barrier_wait(q_loaded.at[g])),
+                            lambda g: pl.when(j >= count - consumers)(lambda: plgpu.barrier_arrive(q_free.at[g])),
                         )
                         total = _sum_over_heads(queries, k_smem.at[slot], scale, free.at[slot])
                         at = (pl.ds(tile * TILE_ROWS, TILE_ROWS), pl.ds(pl.multiple_of(j * width, width), width))
@@ -122,9 +122,9 @@ def importance(
 
             over_pieces(score)
 
-        @pl.when(warpgroup == CONSUMERS)
+        @pl.when(warpgroup == consumers)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(REGISTERS[consumers][1], action="decrease")
 
             def fetch(b: Any, n: Any, tile: Any, count: Any, done: Any) -> None:
                 tokens = pl.ds(pl.multiple_of((first + tile) * TILE_ROWS, TILE_ROWS), TILE_ROWS)
@@ -163,13 +163,13 @@ def importance(
             plgpu.SMEM((group, TILE_ROWS), jnp.float32),
             gpu.tile_memory((stages, width, size), q.dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=group),
-            plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=group),
+            plgpu.Barrier(num_arrivals=consumers, num_barriers=group),
             plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
         ),
         grid=(programs,),
         grid_names=("program",),
-        num_threads=CONSUMERS + 1,
+        num_threads=consumers + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
@@ -188,41 +188,29 @@ class _Queries(NamedTuple):
 
     tiles: gpu.Ref
     lse: gpu.Ref
-    wait: Callable[[int], None]
-    release: Callable[[int], None]
+    wait: Callable[[Any], None]
+    release: Callable[[Any], None]
 
 
 def _sum_over_heads(queries: _Queries, k_tile: gpu.Ref, scale: float, free: gpu.Ref) -> jax.Array:
-    """Sums exp2(Q_g K^T scale - lse_g) over the heads; head g + 1 multiplies while head g takes its exponents."""
-    accumulator = plgpu.ACC((TILE_ROWS, k_tile.shape[0]), jnp.float32)
-    heads = queries.tiles.shape[0]
+    """Sums exp2(Q_g K^T scale - lse_g) over the heads; the other warpgroups multiply while this one takes exponents.
 
-    def start(acc: gpu.Ref, g: int) -> None:
-        queries.wait(g)
-        plgpu.wgmma(acc, queries.tiles.at[g], k_tile.transpose((1, 0)))
+    The loop is not unrolled: addresses of seven heads' tiles, known before the loop over the means, would be kept from
+    there on, more than there are registers.
+    """
+    heads, accumulator = queries.tiles.shape[0], plgpu.ACC((TILE_ROWS, k_tile.shape[0]), jnp.float32)
 
-    def add(total: jax.Array | None, acc: gpu.Ref, g: int, behind: int) -> jax.Array:
-        lse = plgpu.load(queries.lse.at[g], layout=ROW_LAYOUT, optimized=False)
-        s = plgpu.wgmma_accumulator_load(acc, wait_n=behind)
+    def add(g: Any, total: jax.Array) -> jax.Array:
+        def multiply(acc: gpu.Ref) -> tuple[jax.Array, jax.Array]:
+            queries.wait(g)
+            plgpu.wgmma(acc, queries.tiles.at[g], k_tile.transpose((1, 0)))
+            lse = plgpu.load(queries.lse.at[g], layout=ROW_LAYOUT, optimized=False)
+            return acc[...], lse
+
+        s, lse = pl.run_scoped(multiply, accumulator)
         queries.release(g)
-        if not behind:
-            plgpu.barrier_arrive(free)
-        p = jnp.exp2(s * scale - lax.broadcast_in_dim(lse, s.shape, [0]))
-        # Exponents put off until later heads would keep their logits in registers, more than there are.
-        return lax.optimization_barrier(p if total is None else total + p)
+        pl.when(g == heads - 1)(lambda: plgpu.barrier_arrive(free))
+        return total + jnp.exp2(s * scale - lax.broadcast_in_dim(lse, s.shape, [0]))
 
-    def finish(acc: gpu.Ref, g: int, total: jax.Array | None) -> jax.Array:
-        if g + 1 == heads:
-            return add(total, acc, g, 0)
-
-        def with_next(following: gpu.Ref) -> jax.Array:
-            start(following, g + 1)
-            return finish(following, g + 1, add(total, acc, g, 1))
-
-        return pl.run_scoped(with_next, accumulator)
-
-    def first(acc: gpu.Ref) -> jax.Array:
-        start(acc, 0)
-        return finish(acc, 0, None)
-
-    return pl.run_scoped(first, accumulator)
+    none = plgpu.layout_cast(jnp.zeros(accumulator.shape, jnp.float32), plgpu.Layout.WGMMA)
+    return lax.fori_loop(0, heads, add, none)

@@ -227,14 +227,20 @@ def _best_of_columns(keys: jax.Array) -> jax.Array:
 
     Words are folded onto each other, elementwise, until few columns are left.
     """
-    ranked = [keys]
-    while ranked[0].shape[1] > COLUMNS or len(ranked) < KEPT:
-        words = ranked[0].shape[1]
-        if words % 2:
-            ranked = [jnp.concatenate([x, jnp.zeros_like(x[:, :1])], axis=1) for x in ranked]
-        half = (words + 1) // 2
+    ranked = [_with_words(keys, max(keys.shape[1], COLUMNS * KEPT))]
+    while ranked[0].shape[1] > COLUMNS:
+        half = (ranked[0].shape[1] + 1) // 2
+        ranked = [_with_words(x, 2 * half) for x in ranked]
         ranked = _merge([x[:, :half] for x in ranked], [x[:, half:] for x in ranked])
     return jnp.concatenate(ranked, axis=1)
+
+
+def _with_words(keys: jax.Array, words: int) -> jax.Array:
+    """Zeros past the last word, which no key is below."""
+    missing = words - keys.shape[1]
+    if not missing:
+        return keys
+    return jnp.concatenate([keys, jnp.zeros((keys.shape[0], missing, LANES), keys.dtype)], axis=1)
 
 
 def _merge(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
