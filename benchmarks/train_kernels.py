@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-CLIPS = 600
+CLIPS = 160
 SETTINGS = (
     f"data.clips.train_clips={CLIPS}",
     "data.clips.heldout_clips=8",
@@ -97,7 +97,8 @@ def main() -> int:
     try:
         while time.monotonic() - began < options.limit and any(run.poll() is None for run in running.values()):
             time.sleep(0.2)
-            if others and records(folder, first):
+            # Its model is told once the data is there.
+            if others and "parameters" in (folder / f"{first}.log").read_text():
                 running |= {name: start(name, folder, options.steps, options.set) for name in others}
                 others = []
         for run in running.values():

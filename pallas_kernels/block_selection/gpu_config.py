@@ -39,7 +39,7 @@ class Config:
     consumers: int = 3
     programs: int = MULTIPROCESSORS
     row_values: int = 40
-    variants: int = 4
+    variants: int = 3
     score_bytes: int = 1 << 29
 
     def __post_init__(self):
@@ -69,10 +69,9 @@ class Config:
         return min(1 << (most.bit_length() - 1), TILE_ROWS // WARPS)
 
     def widths(self, words: int) -> tuple[int, ...]:
-        """Words per row of the choosing kernel's variants; the last word of all, a partial block's, has one more."""
+        """Words per row of the choosing kernel's variants."""
         parts = range(1, self.variants + 1)
-        whole = words - 1
-        return tuple(sorted({words_for(-(-whole * part // self.variants) * LANES) for part in parts} | {words}))
+        return tuple(sorted({words_for(-(-words * part // self.variants) * LANES) for part in parts}))
 
 
 def heuristic(head_dim: int) -> Config:

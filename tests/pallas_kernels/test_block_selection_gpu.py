@@ -93,7 +93,7 @@ def test_ragged_rows_later_queries_and_several_chunks():
 
 
 def test_no_races_where_one_thread_block_takes_several_tiles():
-    tiles = config(3, 2, columns=64, programs=1)
+    tiles = config(3, 2, columns=64, consumers=2, programs=1)
     compare(jnp.bfloat16, 2, 64, queries=72, q_offset=1000, places=3, config=tiles, races=True)
 
 
