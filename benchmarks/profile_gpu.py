@@ -115,15 +115,20 @@ def branch_kernels(spec: Spec, name: str, q: Any, k: Any, v: Any, do: Any) -> di
     }
 
 
-def run(queries: int) -> None:
-    """Launches each kernel once."""
-    spec = Spec("profiled", queries=queries, keys=queries)
+def kernels(spec: Spec) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """Every kernel as a function and its arrays."""
     q, k, v, _ = spec.draw(0)
     do = jax.random.normal(jax.random.key(1), q.shape, q.dtype)
     means = [x.reshape(1, -1, spec.block_size, *x.shape[2:]).mean(axis=2) for x in (k, v)]
     jobs = block_selection_kernels(spec, q, means[0])
     for name in nsa_gpu.BRANCHES:
         jobs |= branch_kernels(spec, name, q, *(means if name == "compressed" else (k, v)), do)
+    return jobs
+
+
+def run(queries: int) -> None:
+    """Launches each kernel once."""
+    jobs = kernels(Spec("profiled", queries=queries, keys=queries))
     lowered = {name: jax.jit(function).lower(*arrays) for name, (function, arrays) in jobs.items()}
     with ThreadPoolExecutor() as pool:
         compiled = dict(zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True))
