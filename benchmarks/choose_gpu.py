@@ -226,6 +226,23 @@ def score(config: gpu_config.Config, chunk: int) -> Any:
     return jax.jit(run)
 
 
+def score_all(queries: int) -> Any:
+    """The importance kernel over all chunks, each of which is dropped."""
+    config = gpu_config.heuristic(SIZE)
+    columns = -(-(queries // BLOCK + 1) // gpu_config.COLUMNS) * gpu_config.COLUMNS
+    chunk = config.chunk(queries, HEADS, columns)
+    one = score(config, chunk)
+    starts = jnp.arange(-(-queries // chunk), dtype=jnp.int32)[:, None] * chunk
+
+    def run(q: jax.Array, means: jax.Array, shift: jax.Array, last: jax.Array) -> jax.Array:
+        past = starts.size * chunk - queries
+        shift = jnp.pad(shift, [(0, 0), (0, 0), (0, 0), (0, past)])
+        last = jnp.pad(last, [(0, 0), (0, past // 64)], constant_values=-1)
+        return jax.lax.map(lambda start: one(q, means, shift, last, start)[:, 0, 0], starts)
+
+    return jax.jit(run)
+
+
 def count_floors(queries: int) -> dict[str, float]:
     """Floors in ms (798 TFLOP/s, 3.0 TB/s, 3.9 T exp2/s, 14 T int32 operations/s), half of the blocks being past."""
     pairs = HEADS * queries * (queries // BLOCK) / 2
@@ -244,6 +261,9 @@ def time_whole(queries: int, record: dict[str, Any]) -> None:
     whole = jax.jit(select).lower(*inputs["normal"]).compile()
     report(record, "temporary MiB", whole.memory_analysis().temp_size_in_bytes / 2**20)
     attempt(record, "whole", lambda: median_ms(whole, [inputs["normal"]]))
+    words = jax.jit(functools.partial(select, words=True))
+    attempt(record, "words", lambda: median_ms(words, [inputs["normal"]]))
+    attempt(record, "importances", lambda: median_ms(score_all(queries), [prepare(*inputs["normal"])]))
     for name, x in inputs.items():
         attempt(record, f"whole, {name}", lambda: median_ms(whole, [x], 3))  # noqa: B023
         attempt(record, f"check, {name}", lambda: check_choice(whole(*x), x))  # noqa: B023

@@ -8,15 +8,16 @@ from pallas_kernels.gpu import TILE_ROWS, WARPS
 COLUMNS = 128
 """Scores per row come in whole tiles of so many, the widest that the importance kernel has."""
 
-CONSUMERS = 2
-"""Warpgroups of the importance kernel that compute; a third one fetches."""
+REGISTERS = {2: (232, 40), 3: (160, 24)}
+"""By the number of the importance kernel's warpgroups that compute: registers of their threads, and of the one that
+fetches."""
 
 LANES = 32
 """Threads of a warp: the blocks of one word, and one thread's share of a row."""
 
 
 MULTIPROCESSORS = 132
-"""Of an H100 or H200 (SXM); each runs one thread block of the importance kernel at a time."""
+"""Of an H100 or H200 (SXM); each runs one thread block of the importance kernel."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Config:
     Attributes:
       stages: tiles of block means in flight.
       columns: block means per tile; 64 or 128.
+      consumers: warpgroups that share the tiles; 2 or 3.
+      programs: thread blocks of the importance kernel, each of which walks over its share of the queries.
       row_values: scores that a thread of the choosing kernel keeps in registers.
       variants: lengths of rows that the choosing kernel is compiled for: a query's row is as long as its past.
       score_bytes: most device memory for the scores of one chunk of queries.
@@ -33,17 +36,21 @@ class Config:
 
     stages: int
     columns: int = COLUMNS
+    consumers: int = 3
+    programs: int = MULTIPROCESSORS
     row_values: int = 40
-    variants: int = 4
+    variants: int = 3
     score_bytes: int = 1 << 29
 
     def __post_init__(self):
-        if self.stages < 2 or self.columns not in (64, COLUMNS):
-            raise ValueError(f"{self} is no configuration, expected stages of at least 2 and columns 64 or 128")
+        if self.stages < 2 or self.columns not in (64, COLUMNS) or self.consumers not in REGISTERS:
+            raise ValueError(
+                f"{self} is no configuration, expected stages of at least 2, columns 64 or 128 and 2 or 3 consumers"
+            )
 
     def shared_memory(self, group: int, head_dim: int) -> int:
         """Bytes of shared memory of the importance kernel, less the barriers."""
-        return (group * TILE_ROWS + self.stages * self.columns) * head_dim * 2
+        return (group * TILE_ROWS + self.stages * self.columns) * head_dim * 2 + group * TILE_ROWS * 4
 
     def chunk(self, queries: int, rows: int, columns: int) -> int:
         """Queries per chunk: whole tiles, scores within `score_bytes`, thread blocks that fill the device evenly."""

@@ -1,6 +1,7 @@
 """Importances of blocks on Hopper: the group's probabilities summed in registers, a tile of queries at a time."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -10,7 +11,7 @@ from jax import lax
 from jaxtyping import Float, Float32, Int32
 
 from pallas_kernels import gpu
-from pallas_kernels.block_selection.gpu_config import CONSUMERS, Config
+from pallas_kernels.block_selection.gpu_config import REGISTERS, Config
 from pallas_kernels.gpu import ROW_LAYOUT, TILE_ROWS
 
 
@@ -27,11 +28,13 @@ def importance(
 ) -> Float32[jax.Array, "R C columns"]:
     """Sums exp(logit - lse) over the heads of each group.
 
-    A thread block keeps the queries of 64 tokens and all heads of one KV head in shared memory and walks over the block
-    means, a tile at a time, up to its tokens' last candidate. Its warpgroups take turns at the tiles.
+    A thread block stays and walks over its share of the tiles of 64 tokens: the queries of all heads of one KV head are
+    in shared memory, and block means pass by, a tile at a time, up to the tokens' last candidate. Its warpgroups take
+    turns at the tiles of means, across tiles of queries too; the next tile's queries replace a head's once their last
+    product is done.
 
     Args:
-      config: tiles of block means.
+      config: tiles of block means, thread blocks.
       interpret: parameters of Pallas's GPU interpreter; None compiles.
       q: queries.
       k_blocks: mean keys of the blocks.
@@ -45,108 +48,169 @@ def importance(
       Importances, a row per batch row and KV head (R = B x N). Tiles past the last candidate are not written.
     """
     batch, _, heads, group, size = q.shape
+    rows, tiles = batch * heads, queries // TILE_ROWS
+    programs = min(rows * tiles, config.programs)
     width = config.columns
     key_tiles = -(-k_blocks.shape[1] // width)
-    stages = config.stages
+    stages, consumers = config.stages, config.consumers
     scale = size**-0.5 * gpu.LOG2_E
 
-    def body(q_ref, k_ref, lse_ref, last_ref, start_ref, scores_ref, q_smem, k_smem, q_ready, loaded, consumed):
-        row, tile = lax.axis_index("row"), lax.axis_index("tile")
-        b, n = lax.div(row, heads), lax.rem(row, heads)
+    def body(
+        q_ref, k_ref, lse_ref, last_ref, start_ref, scores_ref, q_smem, lse_smem, k_smem, q_loaded, q_free, loaded, free
+    ):
         warpgroup = lax.axis_index("warpgroup")
-        index = lax.div(start_ref[0], TILE_ROWS) + tile
-        tokens = pl.ds(pl.multiple_of(index * TILE_ROWS, TILE_ROWS), TILE_ROWS)
-        count = jnp.minimum(lax.div(last_ref[b, index] + width, width), key_tiles)
+        first = lax.div(start_ref[0], TILE_ROWS)
 
-        @pl.when((warpgroup < CONSUMERS) & (count > 0))
+        def place_of(i: Any) -> tuple[Any, Any]:
+            """Row and tile of the calling thread block's i-th piece of work: the longest first, back and forth."""
+            program = lax.axis_index("program")
+            item = i * programs + jnp.where(lax.rem(i, 2) == 0, program, programs - 1 - program)
+            return lax.rem(item, rows), tiles - 1 - lax.div(item, rows)
+
+        def means_of(i: Any) -> Any:
+            """How many tiles of block means the piece's tokens see; 0 past the last piece."""
+            row, tile = place_of(i)
+            seen = lax.div(last_ref[lax.div(row, heads), first + jnp.maximum(tile, 0)] + width, width)
+            return jnp.where(tile >= 0, jnp.minimum(seen, key_tiles), 0)
+
+        def over_pieces(work: Callable[..., None]) -> Any:
+            """Runs work(batch row, KV head, tile, tiles of means, those before); returns the tiles of means in all."""
+
+            def step(i: Any, state: Any) -> Any:
+                count, done = state
+                # Read ahead: by the next piece it has arrived.
+                following = means_of(i + 1)
+                row, tile = place_of(i)
+                pl.when(count > 0)(lambda: work(lax.div(row, heads), lax.rem(row, heads), tile, count, done))
+                return following, done + count
+
+            return lax.fori_loop(0, -(-rows * tiles // programs), step, (means_of(jnp.int32(0)), jnp.int32(0)))[1]
+
+        @pl.when(warpgroup < consumers)
         def _():
-            plgpu.set_max_registers(232, action="increase")
-            shifts = [plgpu.load(lse_ref.at[b, n, g, tokens], layout=ROW_LAYOUT, optimized=False) for g in range(group)]
-            plgpu.barrier_wait(q_ready)
+            plgpu.set_max_registers(REGISTERS[consumers][0], action="increase")
 
-            # A barrier's phase is lost on who skips one: every warpgroup passes every tile.
-            @pl.loop(0, count)
-            def _(j):
-                slot = lax.rem(j, stages)
-                turn = lax.rem(j, CONSUMERS)
-                plgpu.barrier_wait(loaded.at[slot])
+            def score(b: Any, n: Any, tile: Any, count: Any, done: Any) -> None:
+                own = lax.rem(consumers - lax.rem(done, consumers) + warpgroup, consumers)
 
-                @pl.when(turn == warpgroup)
+                # A barrier's phase is lost on who skips one: every warpgroup passes every tile.
+                @pl.loop(0, count)
+                def _(j):
+                    slot = lax.rem(done + j, stages)
+                    turn = lax.rem(j, consumers) == own
+                    plgpu.barrier_wait(loaded.at[slot])
+
+                    @pl.when(turn)
+                    def _():
+                        queries = _Queries(
+                            q_smem,
+                            lse_smem,
+                            lambda g: pl.when(j < consumers)(lambda: plgpu.barrier_wait(q_loaded.at[g])),
+                            lambda g: pl.when(j >= count - consumers)(lambda: plgpu.barrier_arrive(q_free.at[g])),
+                        )
+                        total = _sum_over_heads(queries, k_smem.at[slot], scale, free.at[slot])
+                        at = (pl.ds(tile * TILE_ROWS, TILE_ROWS), pl.ds(pl.multiple_of(j * width, width), width))
+                        scores_ref.at[b * heads + n][at] = total
+
+                    pl.when(jnp.logical_not(turn))(lambda: plgpu.barrier_arrive(free.at[slot]))
+
+                @pl.when(own >= count)
                 def _():
-                    total = _sum_over_heads(q_smem, k_smem.at[slot], shifts, scale, consumed.at[slot])
-                    place = (pl.ds(tile * TILE_ROWS, TILE_ROWS), pl.ds(pl.multiple_of(j * width, width), width))
-                    scores_ref.at[row][place] = total
+                    for g in range(group):
+                        plgpu.barrier_wait(q_loaded.at[g])
+                        plgpu.barrier_arrive(q_free.at[g])
 
-                @pl.when(turn != warpgroup)
-                def _():
-                    plgpu.barrier_arrive(consumed.at[slot])
+            over_pieces(score)
 
-        @pl.when((warpgroup == CONSUMERS) & (count > 0))
+        @pl.when(warpgroup == consumers)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
-            for g in range(group):
-                plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, n, g], q_smem.at[g], q_ready)
+            plgpu.set_max_registers(REGISTERS[consumers][1], action="decrease")
 
-            @pl.loop(0, count)
-            def _(j):
-                slot = lax.rem(j, stages)
+            def fetch(b: Any, n: Any, tile: Any, count: Any, done: Any) -> None:
+                tokens = pl.ds(pl.multiple_of((first + tile) * TILE_ROWS, TILE_ROWS), TILE_ROWS)
 
-                @pl.when(j >= stages)
-                def _():
-                    plgpu.barrier_wait(consumed.at[slot])
+                def fetch_means(j: Any) -> None:
+                    slot = lax.rem(done + j, stages)
+                    pl.when(done + j >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                    means = pl.ds(pl.multiple_of(j * width, width), width)
+                    plgpu.copy_gmem_to_smem(k_ref.at[b, means, n], k_smem.at[slot], loaded.at[slot])
 
-                means = pl.ds(pl.multiple_of(j * width, width), width)
-                plgpu.copy_gmem_to_smem(k_ref.at[b, means, n], k_smem.at[slot], loaded.at[slot])
+                for g in range(group):
+                    pl.when(done > 0)(lambda g=g: plgpu.barrier_wait(q_free.at[g]))
+                    plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, n, g], q_smem.at[g], q_loaded.at[g])
+                    plgpu.copy_gmem_to_smem(lse_ref.at[b, n, g, tokens], lse_smem.at[g], q_loaded.at[g])
+                    if g == 0:
+                        fetch_means(jnp.int32(0))
+                pl.loop(1, count)(fetch_means)
 
-            @pl.loop(jnp.maximum(count - stages, 0), count)
-            def _(j):
-                plgpu.barrier_wait(consumed.at[lax.rem(j, stages)])
+            done = over_pieces(fetch)
+
+            # No barrier may complete after its last wait.
+            @pl.when(done > 0)
+            def _():
+                for g in range(group):
+                    plgpu.barrier_wait(q_free.at[g])
+
+            @pl.loop(jnp.maximum(done - stages, 0), done)
+            def _(place):
+                plgpu.barrier_wait(free.at[lax.rem(place, stages)])
 
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((batch * heads, queries, columns), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((rows, queries, columns), jnp.float32),
         scratch_types=(
             gpu.tile_memory((group, TILE_ROWS, size), q.dtype),
+            plgpu.SMEM((group, TILE_ROWS), jnp.float32),
             gpu.tile_memory((stages, width, size), q.dtype),
-            plgpu.Barrier(num_arrivals=group),
+            plgpu.Barrier(num_arrivals=2, num_barriers=group),
+            plgpu.Barrier(num_arrivals=consumers, num_barriers=group),
             plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
         ),
-        grid=(batch * heads, queries // TILE_ROWS),
-        grid_names=("row", "tile"),
-        num_threads=CONSUMERS + 1,
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=consumers + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )(q, k_blocks, lse, last, start)
 
 
-def _sum_over_heads(
-    q_smem: gpu.Ref, k_tile: gpu.Ref, shifts: list[jax.Array], scale: float, consumed: gpu.Ref
-) -> jax.Array:
-    """Sums exp2(Q_g K^T scale - shift_g) over the heads; head g + 1 multiplies while head g takes its exponents."""
-    accumulator = plgpu.ACC((TILE_ROWS, k_tile.shape[0]), jnp.float32)
+class _Queries(NamedTuple):
+    """A tile's queries as a warpgroup reads them.
 
-    def start(acc: gpu.Ref, g: int) -> None:
-        plgpu.wgmma(acc, q_smem.at[g], k_tile.transpose((1, 0)))
+    Attributes:
+      tiles: [G, 64, D].
+      lse: [G, 64].
+      wait: (head) -> waits until they are there.
+      release: (head) -> they may be replaced.
+    """
 
-    def add(total: jax.Array, s: jax.Array, g: int) -> jax.Array:
-        return total + jnp.exp2(s * scale - lax.broadcast_in_dim(shifts[g], s.shape, [0]))
+    tiles: gpu.Ref
+    lse: gpu.Ref
+    wait: Callable[[Any], None]
+    release: Callable[[Any], None]
 
-    def finish(acc: gpu.Ref, g: int, total: jax.Array) -> jax.Array:
-        if g + 1 == len(shifts):
-            s = plgpu.wgmma_accumulator_load(acc, wait_n=0)
-            plgpu.barrier_arrive(consumed)
-            return add(total, s, g)
 
-        def with_next(following: gpu.Ref) -> jax.Array:
-            start(following, g + 1)
-            return finish(following, g + 1, add(total, plgpu.wgmma_accumulator_load(acc, wait_n=1), g))
+def _sum_over_heads(queries: _Queries, k_tile: gpu.Ref, scale: float, free: gpu.Ref) -> jax.Array:
+    """Sums exp2(Q_g K^T scale - lse_g) over the heads; the other warpgroups multiply while this one takes exponents.
 
-        return pl.run_scoped(with_next, accumulator)
+    The loop is not unrolled: addresses of seven heads' tiles, known before the loop over the means, would be kept from
+    there on, more than there are registers.
+    """
+    heads, accumulator = queries.tiles.shape[0], plgpu.ACC((TILE_ROWS, k_tile.shape[0]), jnp.float32)
 
-    def first(acc: gpu.Ref) -> jax.Array:
-        start(acc, 0)
-        return finish(acc, 0, plgpu.layout_cast(jnp.zeros(accumulator.shape, jnp.float32), plgpu.Layout.WGMMA))
+    def add(g: Any, total: jax.Array) -> jax.Array:
+        def multiply(acc: gpu.Ref) -> tuple[jax.Array, jax.Array]:
+            queries.wait(g)
+            plgpu.wgmma(acc, queries.tiles.at[g], k_tile.transpose((1, 0)))
+            lse = plgpu.load(queries.lse.at[g], layout=ROW_LAYOUT, optimized=False)
+            return acc[...], lse
 
-    return pl.run_scoped(first, accumulator)
+        s, lse = pl.run_scoped(multiply, accumulator)
+        queries.release(g)
+        pl.when(g == heads - 1)(lambda: plgpu.barrier_arrive(free))
+        return total + jnp.exp2(s * scale - lax.broadcast_in_dim(lse, s.shape, [0]))
+
+    none = plgpu.layout_cast(jnp.zeros(accumulator.shape, jnp.float32), plgpu.Layout.WGMMA)
+    return lax.fori_loop(0, heads, add, none)

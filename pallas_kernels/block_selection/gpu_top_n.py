@@ -21,6 +21,12 @@ from pallas_kernels.gpu import TILE_ROWS, WARPS
 
 _OCTAVE = 1 << 23  # a factor of two, in a float's bits
 
+COLUMNS = 2
+"""Keys per thread and rank that are left of a row when its words are folded."""
+
+KEPT = 4
+"""Ranks: the best keys of each column."""
+
 _SCORES = plgpu.Layout.TILED(plgpu.Tiling(((WARPS, 1, LANES), (1,))), warp_dims=(-4,), lane_dims=(-2,), vector_dim=-1)
 """[rows, words, 32]: a row belongs to one warp, a block of each of its words to one thread."""
 
@@ -129,14 +135,23 @@ def _chosen(
 
     forced_count = jnp.minimum(candidates, init_blocks + local_blocks)
     threshold, tie_end = _threshold(keys, below, initial, places - forced_count, candidates - forced_count)
-    # Forced blocks have the key 0; where that is the threshold, no block past the free ones is taken.
-    beyond = jnp.where(below(jnp.minimum(tie_end, end)), 0, 1)
-    taken = keys >= lax.broadcast_in_dim(threshold, shape, [0]) + beyond
-    forced = below(current + 1) & (below(end) == False)  # noqa: E712
-    if init_blocks:
-        forced = forced | (initial & below(current + 1))
-    bit = lax.broadcast_in_dim(lax.shift_left(jnp.ones_like(lane), lane), shape, [2])
-    return jnp.where(taken | forced, bit, 0).sum(axis=2)
+    least = _wide(threshold, keys)
+
+    def words_of(taken: jax.Array) -> jax.Array:
+        forced = below(current + 1) & (below(end) == False)  # noqa: E712
+        if local_blocks == 1:
+            forced = lax.broadcast_in_dim(lane, shape, [2]) - _wide(current, keys) == first
+        if init_blocks:
+            forced = forced | (initial & below(current + 1))
+        bit = lax.broadcast_in_dim(lax.shift_left(jnp.ones_like(lane), lane), shape, [2])
+        return jnp.where(taken | forced, bit, 0).sum(axis=2)
+
+    def among_equals() -> jax.Array:
+        # Blocks that are not free have the key 0; where that is the threshold, none past the free ones is taken.
+        return words_of(keys >= least + jnp.where(below(jnp.minimum(tie_end, end)), 0, 1))
+
+    plain = (tie_end >= shape[1] * LANES) & (threshold > 0)
+    return lax.cond(_any(plain == False), among_equals, lambda: words_of(keys >= least))  # noqa: E712
 
 
 def _over_row(fold: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
@@ -171,36 +186,14 @@ def _threshold(
       candidates: how many there are.
     """
 
-    def wide(x: jax.Array) -> jax.Array:
-        return lax.broadcast_in_dim(x, keys.shape, [0])
-
-    def searching(state: Any) -> jax.Array:
-        low, high, at_low, _, _ = state
-        return _any((at_low > places) & (high - low > 1))
-
-    def search(state: Any) -> Any:
-        low, high, at_low, at_high, step = state
-        guess = _guess(low, high, at_low, at_high, step, places, mean)
-        middle = jnp.minimum(jnp.maximum(guess, low + 1), high - 1)
-        at_middle = _count(keys >= wide(middle))
-        active = (at_low > places) & (high - low > 1)
-        to_low, to_high = active & (at_middle >= places), active & (at_middle < places)
-        return (
-            jnp.where(to_low, middle, low),
-            jnp.where(to_high, middle, high),
-            jnp.where(to_low, at_middle, at_low),
-            jnp.where(to_high, at_middle, at_high),
-            step + 1,
-        )
-
-    top = _over_row(jnp.max, keys)
-    total = _over_row(jnp.sum, lax.bitcast_convert_type(keys, jnp.float32))
-    mean = lax.bitcast_convert_type(total / jnp.maximum(candidates, 1).astype(jnp.float32), jnp.int32)
-    zero = jnp.zeros_like(top)
-    # `places` candidates or more reach `low`, fewer reach `high`.
-    none = places <= 0
-    state = jnp.where(none, top + 1, 0), top + 2, jnp.where(none, 0, candidates), zero, zero
-    low, _, at_low, at_high, _ = lax.while_loop(searching, search, state)
+    few = _best_of_columns(keys)
+    best = few[:, : few.shape[1] // KEPT]
+    top = _over_row(jnp.max, best)
+    mean = _over_row(jnp.sum, lax.bitcast_convert_type(best, jnp.float32)) / (best.shape[1] * LANES)
+    bounds = jnp.where(places <= 0, top + 1, 0), top + 2, jnp.where(places <= 0, 0, candidates)
+    guess, _, _ = _narrow(few, places, bounds, (lax.bitcast_convert_type(mean, jnp.int32),))
+    # Mostly the few hold the row's best, and one look is enough. Just above lies the answer to equal keys.
+    low, at_low, at_high = _narrow(keys, places, bounds, (guess, guess + 1))
 
     tied = at_low > places
     missing = places - at_high
@@ -212,29 +205,109 @@ def _threshold(
     def bisect_place(state: Any) -> Any:
         under, reach = state
         middle = lax.shift_right_logical(under + reach, 1)
-        alike = (keys == wide(low)) & below(middle)
+        alike = (keys == _wide(low, keys)) & below(middle)
         if initial is not None:
             alike = alike & (initial == False)  # noqa: E712
         enough = _count(alike) >= missing
         return jnp.where(enough, under, middle), jnp.where(enough, middle, reach)
 
     blocks = keys.shape[1] * LANES
-    _, reach = lax.while_loop(bisecting_place, bisect_place, (zero, jnp.full_like(low, blocks)))
+    state = jnp.zeros_like(low), jnp.full_like(low, blocks)
+    _, reach = lax.while_loop(bisecting_place, bisect_place, state)
     return low, jnp.where(tied, reach, blocks)
 
 
+def _wide(x: jax.Array, like: jax.Array) -> jax.Array:
+    """A value per row, for every block of the row."""
+    return lax.broadcast_in_dim(x, like.shape, [0])
+
+
+def _best_of_columns(keys: jax.Array) -> jax.Array:
+    """The `KEPT` best of each column of words, descending, the columns of one rank beside each other.
+
+    Words are folded onto each other, elementwise, until few columns are left.
+    """
+    ranked = [_with_words(keys, max(keys.shape[1], COLUMNS * KEPT))]
+    while ranked[0].shape[1] > COLUMNS:
+        half = (ranked[0].shape[1] + 1) // 2
+        ranked = [_with_words(x, 2 * half) for x in ranked]
+        ranked = _merge([x[:, :half] for x in ranked], [x[:, half:] for x in ranked])
+    return jnp.concatenate(ranked, axis=1)
+
+
+def _with_words(keys: jax.Array, words: int) -> jax.Array:
+    """Zeros past the last word, which no key is below."""
+    missing = words - keys.shape[1]
+    if not missing:
+        return keys
+    return jnp.concatenate([keys, jnp.zeros((keys.shape[0], missing, LANES), keys.dtype)], axis=1)
+
+
+def _merge(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
+    """The best of two descending lists, descending, at most `KEPT`; of one length, a power of two."""
+    b = b[::-1]
+    best = [jnp.maximum(*pair) for pair in zip(a, b, strict=True)]
+    if len(a) == KEPT:
+        return _in_order(best)
+    return _in_order(best) + _in_order([jnp.minimum(*pair) for pair in zip(a, b, strict=True)])
+
+
+def _in_order(bitonic: list[jax.Array]) -> list[jax.Array]:
+    """A list that rises and falls, or falls and rises, descending."""
+    half = len(bitonic) // 2
+    if not half:
+        return bitonic
+    pairs = list(zip(bitonic[:half], bitonic[half:], strict=True))
+    return _in_order([jnp.maximum(*pair) for pair in pairs]) + _in_order([jnp.minimum(*pair) for pair in pairs])
+
+
+def _narrow(
+    keys: jax.Array, places: jax.Array, bounds: tuple[jax.Array, jax.Array, jax.Array], looks: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Searches each row for the threshold that `places` keys reach, or the highest one that more reach.
+
+    Args:
+      keys: [rows, W, 32].
+      places: a value per row.
+      bounds: a threshold that `places` keys or more reach, one that fewer reach, and how many reach the former.
+      looks: where to look first.
+
+    Returns:
+      The threshold, how many keys reach it, and how many the next higher one.
+    """
+
+    def searching(state: Any) -> jax.Array:
+        low, high, at_low, _, _ = state
+        return _any((at_low > places) & (high - low > 1))
+
+    def search(state: Any) -> Any:
+        low, high, at_low, at_high, step = state
+        guess = _guess(low, high, at_low, at_high, step, places)
+        for i, look in enumerate(looks):
+            guess = jnp.where(step == i, look, guess)
+        middle = jnp.minimum(jnp.maximum(guess, low + 1), high - 1)
+        at_middle = _count(keys >= _wide(middle, keys))
+        active = (at_low > places) & (high - low > 1)
+        to_low, to_high = active & (at_middle >= places), active & (at_middle < places)
+        return (
+            jnp.where(to_low, middle, low),
+            jnp.where(to_high, middle, high),
+            jnp.where(to_low, at_middle, at_low),
+            jnp.where(to_high, at_middle, at_high),
+            step + 1,
+        )
+
+    zero = jnp.zeros_like(bounds[0])
+    low, _, at_low, at_high, _ = lax.while_loop(searching, search, (*bounds, zero, zero))
+    return low, at_low, at_high
+
+
 def _guess(
-    low: jax.Array,
-    high: jax.Array,
-    at_low: jax.Array,
-    at_high: jax.Array,
-    step: jax.Array,
-    places: jax.Array,
-    mean: jax.Array,
+    low: jax.Array, high: jax.Array, at_low: jax.Array, at_high: jax.Array, step: jax.Array, places: jax.Array
 ) -> jax.Array:
     """Where to look next: the log of the count is taken to fall in a straight line with the log of the importance.
 
-    The first look is at the mean, every fourth and all after the twelfth bisect, so that no scores make it long.
+    Every fourth look and all after the twelfth bisect, so that no scores make it long.
     """
     log_low = jnp.log2(at_low.astype(jnp.float32))
     log_high = jnp.log2(jnp.maximum(at_high.astype(jnp.float32), 0.5))
@@ -244,5 +317,4 @@ def _guess(
     down = jnp.maximum(high - 4 * step * _OCTAVE, lax.shift_right_logical(high, 1))
     guess = jnp.where(low > 0, between, down)
     bisect = (lax.rem(step, 4) == 3) | (step > 12)
-    guess = jnp.where(bisect, low + lax.shift_right_logical(high - low, 1), guess)
-    return jnp.where(step == 0, mean, guess)
+    return jnp.where(bisect, low + lax.shift_right_logical(high - low, 1), guess)

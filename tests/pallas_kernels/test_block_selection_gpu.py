@@ -88,12 +88,13 @@ def test_ragged_rows_later_queries_and_several_chunks():
         init=1,
         local=2,
         lengths=(1085, 1050),
-        config=config(rows=4),
+        config=config(rows=4, programs=3),
     )
 
 
-def test_no_races():
-    compare(jnp.bfloat16, 2, 64, queries=64, q_offset=2400, places=3, config=config(stages=3, columns=64), races=True)
+def test_no_races_where_one_thread_block_takes_several_tiles():
+    tiles = config(3, 2, columns=64, consumers=2, programs=1)
+    compare(jnp.bfloat16, 2, 64, queries=72, q_offset=1000, places=3, config=tiles, races=True)
 
 
 def test_wide_heads_and_several_rows():
@@ -176,7 +177,7 @@ def block_selection_of(spec):
 
 def test_shared_memory_holds_what_the_heuristic_asks_for():
     for size in (64, 128):
-        assert gpu_config.heuristic(size).shared_memory(8, size) < gpu.SHARED_MEMORY - 1024
+        assert gpu_config.heuristic(size).shared_memory(8, size) <= gpu.SHARED_MEMORY - 1024
 
 
 def test_chunks_are_whole_tiles_within_the_memory_asked_for():
