@@ -336,7 +336,7 @@ def key_gradients(
         interpret=interpret,
     )(q, k, v, do, terms, lists.tokens, lists.items)
     if partials:
-        dk, dv = (_with_parts(x, parts, lists, heads) for x, parts in zip((dk, dv), partials, strict=True))
+        dk, dv = (with_parts(x, parts, lists, heads) for x, parts in zip((dk, dv), partials, strict=True))
     return dk, dv
 
 
@@ -370,7 +370,7 @@ def terms_in_lists(shift: jax.Array, delta: jax.Array, lists: BlockLists, querie
     return jnp.pad(terms, [(0, 0), (0, TOKENS * ROWS)])
 
 
-def _with_parts(x: jax.Array, parts: jax.Array, lists: BlockLists, heads: int) -> jax.Array:
+def with_parts(x: jax.Array, parts: jax.Array, lists: BlockLists, heads: int) -> jax.Array:
     """x [B, S, N, D] with the sums of the blocks whose lists were split."""
     first, slots = lists.places[..., 0], lists.places[..., 1]
     total = jnp.zeros((*first.shape, *parts.shape[1:]), jnp.float32)
