@@ -1,0 +1,117 @@
+"""The Triton kernels of interval attention: interpreted on the CPU against the references, compiled without a GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import compressed_attention, prefix_attention, triton_flash, window_attention
+from pallas_kernels.common import EMPTY_LSE
+from pallas_kernels.compressed_attention import reference as compressed_reference
+from pallas_kernels.compressed_attention import triton as compressed_triton
+from pallas_kernels.prefix_attention import reference as prefix_reference
+from pallas_kernels.prefix_attention import triton as prefix_triton
+from pallas_kernels.triton_flash_config import Config, KeyConfig, QueryConfig, heuristic
+from pallas_kernels.window_attention import reference as window_reference
+from pallas_kernels.window_attention import triton as window_triton
+from tests.pallas_kernels import triton_interpreter
+
+
+def small_config(parts=1, key_parts=1, transposed=False):
+    query = QueryConfig(rows=32, keys=16, warps=4, stages=2, parts=parts)
+    return Config(forward=query, dq=query, dkdv=KeyConfig(16, 32, 4, 2, transposed, key_parts))
+
+
+def draw(shape, seed, dtype, end=None):
+    """Normal values, NaN from `end[b]` on along the second axis."""
+    x = np.random.default_rng([seed, *shape]).standard_normal(shape)
+    if end is not None:
+        x[np.arange(shape[1])[None] >= np.asarray(end)[:, None]] = np.nan
+    return jnp.asarray(x, dtype)
+
+
+def compare(attend, reference, q, k, v, do, dlse):
+    """Compares output, log-sum-exp and gradients with those of the reference on the same values, NaN as 0."""
+
+    def both(attend, q, k, v, do, dlse):
+        results, back = jax.vjp(attend, q, k, v)
+        return *results, *back((do, dlse))
+
+    with triton_interpreter.interpreted():
+        actual = jax.block_until_ready(both(attend, q, k, v, do, dlse))
+    finite = [jnp.nan_to_num(x.astype(jnp.float32)) for x in (q, k, v, do, dlse)]
+    expected = jax.jit(functools.partial(both, reference))(*finite)
+    for name, x, y in zip(("o", "lse", "dq", "dk", "dv"), actual, expected, strict=True):
+        assert x.shape == y.shape, name
+        x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+        assert np.isfinite(x).all(), f"{name} is not finite"
+        if name == "lse":
+            np.testing.assert_array_equal(x == EMPTY_LSE, y == EMPTY_LSE)
+            x, y = (np.where(z == EMPTY_LSE, 0, z) for z in (x, y))
+        seen = np.linalg.norm(x - y) / np.linalg.norm(y)
+        # bfloat16 keeps 8 bits: 2e-3 for one rounding; probabilities and dS are rounded once more.
+        limit = 1e-6 if name == "lse" else 6e-3 if q.dtype == jnp.bfloat16 else 1e-3
+        assert seen <= limit, f"{name} is off by {seen}"
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_window_of_ragged_rows_and_later_queries(transposed):
+    batch, queries, heads, group, size, keys, offset = 2, 21, 2, 7, 64, 70, 45
+    lengths = (63, 49)
+    past = np.asarray(lengths) - offset
+    rows = (batch, queries, heads, group, size)
+    q, do = (draw(rows, seed, jnp.float16, past) for seed in (0, 3))
+    k, v = (draw((batch, keys, heads, size), seed, jnp.float16, lengths) for seed in (1, 2))
+    dlse = draw(rows[:-1], 4, jnp.float32, past)
+    options = {"window_size": 19, "q_offset": jnp.int32(offset), "lengths": jnp.asarray(lengths, jnp.int32)}
+    compare(
+        functools.partial(window_triton.window_attention, **options, config=small_config(transposed=transposed)),
+        functools.partial(window_reference.window_attention, **options),
+        q,
+        k,
+        v,
+        do,
+        dlse,
+    )
+
+
+def test_compressed_with_split_keys_and_queries():
+    batch, queries, heads, group, size, blocks = 1, 30, 2, 3, 128, 75
+    rows = (batch, queries, heads, group, size)
+    q, do = (draw(rows, seed, jnp.bfloat16) for seed in (0, 3))
+    k, v = (draw((batch, blocks, heads, size), seed, jnp.bfloat16) for seed in (1, 2))
+    dlse = draw(rows[:-1], 4, jnp.float32)
+    options = {"block_size": 2, "q_offset": 100, "lengths": None}
+    compare(
+        functools.partial(compressed_triton.compressed_attention, **options, config=small_config(2, 3)),
+        functools.partial(compressed_reference.compressed_attention, **options),
+        q,
+        k,
+        v,
+        do,
+        dlse,
+    )
+
+
+def test_prefix_of_few_tokens():
+    batch, texts, queries, heads, group, size, keys = 2, 1, 3, 1, 7, 64, 59
+    rows = (batch, texts, queries, heads, group, size)
+    lengths = (59, 40)
+    q, do = (draw(rows, seed, jnp.float16) for seed in (0, 3))
+    # The third query of the first row sees no key.
+    q, do = (x.at[0, 0, 2].set(jnp.nan) for x in (q, do))
+    k, v = (draw((batch, keys, heads, size), seed, jnp.float16, lengths) for seed in (1, 2))
+    dlse = draw(rows[:-1], 4, jnp.float32)
+    visible = jnp.array([[[59, 20, 0]], [[30, 1, 50]]])
+    arguments = (visible, jnp.array(lengths))
+    compare(
+        lambda q, k, v: prefix_triton.prefix_attention(q, k, v, *arguments, config=small_config(parts=2)),
+        lambda q, k, v: prefix_reference.prefix_attention(q, k, v, *arguments),
+        q,
+        k,
+        v,
+        do,
+        dlse,
+    )
