@@ -1,0 +1,81 @@
+"""The Triton kernels of block selection: interpreted on the CPU against the reference, compiled without a GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import block_selection
+from pallas_kernels.block_selection import reference, triton
+from pallas_kernels.block_selection.choice import choose_blocks
+from pallas_kernels.block_selection.triton_config import Config, power_of_two
+from pallas_kernels.block_words import WORD, indices_of
+from pallas_kernels.common import EMPTY_LSE
+from tests.pallas_kernels import triton_interpreter
+
+BLOCK = 8
+
+
+def draw(batch, queries, heads, group, size, q_offset, dtype):
+    """Queries, block means and the compression branch's log-sum-exp."""
+    rng = np.random.default_rng([batch, queries, group, size])
+    blocks = (queries + q_offset) // BLOCK
+    q = jnp.asarray(rng.standard_normal((batch, queries, heads, group, size)), dtype)
+    means = jnp.asarray(rng.standard_normal((batch, blocks, heads, size)), dtype)
+    logits = jnp.einsum("btngd,bmnd->btngm", q.astype(jnp.float32), means.astype(jnp.float32)) * size**-0.5
+    t = q_offset + jnp.arange(queries)
+    seen = ((jnp.arange(blocks) + 1) * BLOCK - 1 <= t[:, None])[:, None, None]
+    lse = jax.nn.logsumexp(jnp.where(seen, logits, -jnp.inf), axis=-1)
+    return q, means, jnp.where(seen.any(-1), lse, EMPTY_LSE)
+
+
+def test_ragged_rows_later_queries_and_several_chunks():
+    batch, queries, offset, lengths = 2, 40, 530, (565, 540)
+    q, means, lse = draw(batch, queries, 1, 7, 64, offset, jnp.bfloat16)
+    options = {
+        "block_size": BLOCK,
+        "block_count": 5,
+        "init_blocks": 1,
+        "local_blocks": 2,
+        "q_offset": jnp.int32(offset),
+        "lengths": jnp.asarray(lengths, jnp.int32),
+    }
+    expected = reference.block_selection(q, means, lse, **options)
+    past = (offset + np.arange(queries) >= np.asarray(lengths)[:, None])[:, :, None, None]
+    q, lse = jnp.where(past[..., None], jnp.nan, q), jnp.where(past, jnp.nan, lse)
+    config = Config(tokens=16, columns=32, row_values=8, score_bytes=4 * 2 * 96 * 32)
+    assert config.chunk(queries, batch, 96) == 32
+    with triton_interpreter.interpreted():
+        chosen = jax.block_until_ready(triton.block_selection(q, means, lse, **options, config=config))
+    np.testing.assert_array_equal(chosen, expected)
+
+
+@pytest.mark.parametrize(("init", "local", "places"), [(0, 1, 4), (2, 3, 5), (1, 2, 32)])
+def test_the_best_of_any_scores(init, local, places):
+    blocks, queries = 100, 12
+    rng = np.random.default_rng(places)
+    kinds = [
+        rng.random((queries, blocks)),
+        np.exp(rng.uniform(-80, 60, (queries, blocks))),
+        rng.integers(0, 3, (queries, blocks)) / 8,
+        np.where(rng.random((queries, blocks)) < 0.03, rng.random((queries, blocks)), 0.0),
+        np.full((queries, blocks), 0.25),
+        np.zeros((queries, blocks)),
+    ]
+    score = np.stack(kinds).astype(np.float32)
+    current = jnp.asarray(rng.integers(-1, blocks, queries), jnp.int32)[None]
+    expected = choose_blocks(
+        jnp.asarray(score).swapaxes(0, 1)[None],
+        current,
+        current >= 0,
+        block_size=1,
+        block_count=places,
+        init_blocks=init,
+        local_blocks=local,
+    )
+    words = -(-blocks // WORD)
+    padded = jnp.asarray(np.pad(score, [(0, 0), (0, 0), (0, words * WORD - blocks)], constant_values=np.nan))
+    with triton_interpreter.interpreted():
+        chosen = triton._choose(Config(row_values=8), padded, current, jnp.zeros(1, jnp.int32), words, places, init, local)
+        chosen = jax.block_until_ready(chosen)
+    np.testing.assert_array_equal(indices_of(chosen, places), expected)
