@@ -113,15 +113,12 @@ def attend(
     Returns:
       Output in q's dtype and natural log-sum-exp.
     """
-    from pallas_kernels.triton_flash_kernels import forward
+    from pallas_kernels import triton_flash_kernels
 
     config = rule.config.forward
     o, lse = triton_calls.launch(
-        forward,
-        q,
-        k,
-        v,
-        visible.end.astype(jnp.int32),
+        triton_flash_kernels.forward,
+        *(q, k, v, visible.end.astype(jnp.int32)),
         out_shapes=[_results(config.parts, q), jax.ShapeDtypeStruct((config.parts, *q.shape[:-1]), jnp.float32)],
         **_query_grid(config, q),
         **_constants(rule, config, q, k),
@@ -156,41 +153,55 @@ def gradients(
     Returns:
       Gradients of q, k and v.
     """
-    from pallas_kernels.triton_flash_kernels import key_gradients, query_gradient
+    backward = (rule, q, k, v, visible, do, lse, delta)
+    return query_gradient(*backward), *key_gradients(*backward)
 
-    end = visible.end.astype(jnp.int32)
+
+def query_gradient(
+    rule: Rule,
+    q: Float[jax.Array, "B T N G D"],
+    k: Float[jax.Array, "B S N D"],
+    v: Float[jax.Array, "B S N D"],
+    visible: Visible,
+    do: Float[jax.Array, "B T N G D"],
+    lse: Float32[jax.Array, "B T N G"],
+    delta: Float32[jax.Array, "B T N G"],
+) -> Float[jax.Array, "B T N G D"]:
+    """The gradient of q; arguments as of `gradients`."""
+    from pallas_kernels import triton_flash_kernels
+
     config = rule.config.dq
     (dq,) = triton_calls.launch(
-        query_gradient,
-        q,
-        k,
-        v,
-        do,
-        lse,
-        delta,
-        end,
+        triton_flash_kernels.query_gradient,
+        *(q, k, v, do, lse, delta, visible.end.astype(jnp.int32)),
         out_shapes=[_results(config.parts, q)],
         **_query_grid(config, q),
         **_constants(rule, config, q, k),
     )
-    if config.parts > 1:
-        dq = dq.sum(axis=0).astype(q.dtype)
+    return dq if config.parts == 1 else dq.sum(axis=0).astype(q.dtype)
+
+
+def key_gradients(
+    rule: Rule,
+    q: Float[jax.Array, "B T N G D"],
+    k: Float[jax.Array, "B S N D"],
+    v: Float[jax.Array, "B S N D"],
+    visible: Visible,
+    do: Float[jax.Array, "B T N G D"],
+    lse: Float32[jax.Array, "B T N G"],
+    delta: Float32[jax.Array, "B T N G"],
+) -> tuple[Float[jax.Array, "B S N D"], Float[jax.Array, "B S N D"]]:
+    """The gradients of k and v; arguments as of `gradients`."""
+    from pallas_kernels import triton_flash_kernels
 
     config = rule.config.dkdv
     batch, keys, heads, _ = k.shape
+    end = visible.end.astype(jnp.int32)
     tiles = query_tiles(config, q.shape[3], end, rule.window, keys)
     key_lengths = jnp.full((batch,), keys, jnp.int32) if visible.key_length is None else visible.key_length
     dk, dv = triton_calls.launch(
-        key_gradients,
-        q,
-        k,
-        v,
-        do,
-        lse,
-        delta,
-        end,
-        tiles,
-        key_lengths.astype(jnp.int32),
+        triton_flash_kernels.key_gradients,
+        *(q, k, v, do, lse, delta, end, tiles, key_lengths.astype(jnp.int32)),
         out_shapes=[_results(config.parts, k)] * 2,
         grid=(tiles.shape[1] * config.parts, batch * heads),
         num_warps=config.warps,
@@ -200,7 +211,7 @@ def gradients(
     )
     if config.parts > 1:
         dk, dv = (x.sum(axis=0).astype(k.dtype) for x in (dk, dv))
-    return dq, dk, dv
+    return dk, dv
 
 
 def query_tiles(

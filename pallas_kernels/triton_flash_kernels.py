@@ -89,10 +89,7 @@ def _attend(
     v += (first + begin * KEYS).to(tl.int64) * STRIDE
     for step in tl.range(begin, stop):
         key = first + step * KEYS + index
-        if MASKED:
-            k_tile = tl.load(k + place, mask=(key < high)[:, None], other=0.0)
-        else:
-            k_tile = tl.load(k + place)
+        k_tile = tl.load(k + place, mask=(key < high)[:, None], other=0.0) if MASKED else tl.load(k + place)
         s = tl.dot(q_tile, tl.trans(k_tile))
         if MASKED:
             s = tl.where(_visible(key[None, :], end[:, None], WINDOW), s, float("-inf"))
@@ -101,10 +98,7 @@ def _attend(
         rescale = tl.math.exp2(top - new_top)
         total = total * rescale + tl.sum(p, axis=1)
         acc = acc * rescale[:, None]
-        if MASKED:
-            v_tile = tl.load(v + place, mask=(key < high)[:, None], other=0.0)
-        else:
-            v_tile = tl.load(v + place)
+        v_tile = tl.load(v + place, mask=(key < high)[:, None], other=0.0) if MASKED else tl.load(v + place)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
         top = new_top
         k += KEYS * STRIDE
@@ -171,9 +165,7 @@ def forward(
     first_row += part * (tl.num_programs(1) // N).to(tl.int64) * (T * N * G)
     tl.store(lse + first_row + place, tl.where(empty, _EMPTY_LSE, top * _LN_2 + tl.log(divisor)), mask=present)
     output = acc / divisor[:, None]
-    tl.store(
-        o + first_row * D + place[:, None] * D + channel, output.to(o.dtype.element_ty), mask=present[:, None]
-    )
+    tl.store(o + first_row * D + place[:, None] * D + channel, output.to(o.dtype.element_ty), mask=present[:, None])
 
 
 @triton.jit

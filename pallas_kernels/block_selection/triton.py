@@ -75,7 +75,7 @@ def block_words(
     """`block_selection` as a bit per block: see `pallas_kernels.block_words`; W words hold M + 1 blocks."""
     q, k_blocks, lse = (jnp.asarray(x) for x in (q, k_blocks, lse))
     triton_calls.check_covered(q.dtype, *q.shape[3:])
-    batch, queries, heads, group, size = q.shape
+    batch, queries, heads = q.shape[:3]
     blocks = k_blocks.shape[1]
     # One block more than there are complete ones: a partial last block can be the current one, and is forced then.
     words = -(-(blocks + 1) // WORD)

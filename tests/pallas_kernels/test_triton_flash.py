@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compressed_attention, prefix_attention, triton_flash, window_attention
 from pallas_kernels.common import EMPTY_LSE
 from pallas_kernels.compressed_attention import reference as compressed_reference
 from pallas_kernels.compressed_attention import triton as compressed_triton
 from pallas_kernels.prefix_attention import reference as prefix_reference
 from pallas_kernels.prefix_attention import triton as prefix_triton
-from pallas_kernels.triton_flash_config import Config, KeyConfig, QueryConfig, heuristic
+from pallas_kernels.triton_flash_config import Config, KeyConfig, QueryConfig
 from pallas_kernels.window_attention import reference as window_reference
 from pallas_kernels.window_attention import triton as window_triton
 from tests.pallas_kernels import triton_interpreter

@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import block_selection
 from pallas_kernels.block_selection import reference, triton
 from pallas_kernels.block_selection.choice import choose_blocks
-from pallas_kernels.block_selection.triton_config import Config, power_of_two
+from pallas_kernels.block_selection.triton_config import Config
 from pallas_kernels.block_words import WORD, indices_of
 from pallas_kernels.common import EMPTY_LSE
 from tests.pallas_kernels import triton_interpreter
@@ -76,6 +75,8 @@ def test_the_best_of_any_scores(init, local, places):
     words = -(-blocks // WORD)
     padded = jnp.asarray(np.pad(score, [(0, 0), (0, 0), (0, words * WORD - blocks)], constant_values=np.nan))
     with triton_interpreter.interpreted():
-        chosen = triton._choose(Config(row_values=8), padded, current, jnp.zeros(1, jnp.int32), words, places, init, local)
+        chosen = triton._choose(
+            Config(row_values=8), padded, current, jnp.zeros(1, jnp.int32), words, places, init, local
+        )
         chosen = jax.block_until_ready(chosen)
     np.testing.assert_array_equal(indices_of(chosen, places), expected)
