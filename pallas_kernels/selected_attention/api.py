@@ -3,9 +3,9 @@
 import jax
 from jaxtyping import Float, Float32, Int
 
-from pallas_kernels import gpu, registry, validation
+from pallas_kernels import gpu, registry, triton_calls, validation
 from pallas_kernels.common import ArrayLike, Scalar
-from pallas_kernels.selected_attention import mosaic_gpu, mosaic_tpu, reference, xla
+from pallas_kernels.selected_attention import mosaic_gpu, mosaic_tpu, reference, triton, triton_token_major, xla
 
 registry.register(
     "selected_attention",
@@ -13,6 +13,8 @@ registry.register(
     xla=xla.selected_attention,
     mosaic_gpu=gpu.on_hopper(mosaic_gpu.selected_attention),
     mosaic_tpu=mosaic_tpu.selected_attention,
+    triton=triton_calls.on_nvidia(triton.selected_attention),
+    triton_token_major=triton_calls.on_nvidia(triton_token_major.selected_attention),
 )
 
 

@@ -79,3 +79,10 @@ def heuristic(queries: int, rows: int, head_dim: int) -> Config:
         dq=TileConfig(tokens=16, warps=8, stages=2 if wide else 3),
         dkdv=BlockConfig(tokens=8, warps=8, stages=2 if wide else 3, part=part_of(queries, rows)),
     )
+
+
+def token_major_heuristic(queries: int, rows: int, head_dim: int) -> Config:
+    """As `heuristic`, for the token-major kernels."""
+    del head_dim
+    tile = TileConfig(tokens=1, warps=4, stages=2)
+    return Config(tile, tile, BlockConfig(tokens=1, warps=4, stages=2, part=part_of(queries, rows)))
