@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+_EMPTY_LSE = tl.constexpr(-1e30)
+_HIDDEN = tl.constexpr(1e30)
 _OCTAVE = tl.constexpr(1 << 23)  # a factor of two, in a float's bits
 
 
@@ -48,7 +50,8 @@ def importance(
         total = tl.zeros([TOKENS, COLUMNS], tl.float32)
         for member in tl.range(0, G):
             q_tile = tl.load(q + (row + member)[:, None] * D + channel, mask=present[:, None], other=0.0)
-            shift = tl.load(lse + row + member, mask=present, other=0.0) * _LOG2_E
+            row_lse = tl.load(lse + row + member, mask=present, other=_EMPTY_LSE)
+            shift = tl.where(row_lse <= _EMPTY_LSE, _HIDDEN, row_lse * _LOG2_E)
             s = tl.dot(q_tile, tl.trans(k_tile))
             total += tl.math.exp2(s * SCALE - shift[:, None])
         queries = tl.num_programs(1) * TOKENS

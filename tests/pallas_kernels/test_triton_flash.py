@@ -15,7 +15,7 @@ from pallas_kernels.prefix_attention import triton as prefix_triton
 from pallas_kernels.triton_flash_config import Config, KeyConfig, QueryConfig
 from pallas_kernels.window_attention import reference as window_reference
 from pallas_kernels.window_attention import triton as window_triton
-from tests.pallas_kernels import triton_interpreter
+import triton_interpreter
 
 
 def small_config(parts=1, key_parts=1, transposed=False):

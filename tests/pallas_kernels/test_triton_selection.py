@@ -10,7 +10,7 @@ from pallas_kernels.block_selection.choice import choose_blocks
 from pallas_kernels.block_selection.triton_config import Config
 from pallas_kernels.block_words import WORD, indices_of
 from pallas_kernels.common import EMPTY_LSE
-from tests.pallas_kernels import triton_interpreter
+import triton_interpreter
 
 BLOCK = 8
 
