@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Float32, Int, Int32
 
 from pallas_kernels import triton_calls
-from pallas_kernels.common import EMPTY_LSE
+from pallas_kernels.common import EMPTY_LSE, zero_where
 from pallas_kernels.gpu import LOG2_E, delta_of
 from pallas_kernels.gpu_flash import Visible
 from pallas_kernels.gpu_flash_plan import bounds
@@ -49,7 +49,7 @@ def interval_attention(
     """Attends to the keys [max(end - window, 0), end) of each query; differentiable in q, k and v.
 
     Args:
-      q: queries; those with end 0 may hold NaN.
+      q: queries.
       k: keys.
       v: values.
       visible: ends of the intervals, and valid lengths.
@@ -88,6 +88,8 @@ def _attend_forward(
 def _attend_backward(rule: Rule, saved: tuple[Any, ...], cotangents: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
     q, k, v, visible, o, lse = saved
     do, dlse = cotangents
+    if visible.query_length is None:
+        do = zero_where(visible.end <= 0, do)
     return *gradients(rule, q, k, v, visible, do, lse, delta_of(o, do, dlse)), None
 
 
@@ -146,9 +148,9 @@ def gradients(
       k: keys.
       v: values.
       visible: which keys they see.
-      do: cotangent of the output; where a query sees no key it does not matter.
+      do: cotangent of the output; finite where the query is, unless it lies past `visible.query_length`.
       lse: from `attend`.
-      delta: the sum over D of do * o, less the log-sum-exp's cotangent; likewise.
+      delta: the sum over D of do * o, less the log-sum-exp's cotangent.
 
     Returns:
       Gradients of q, k and v.
@@ -198,10 +200,13 @@ def key_gradients(
     batch, keys, heads, _ = k.shape
     end = visible.end.astype(jnp.int32)
     tiles = query_tiles(config, q.shape[3], end, rule.window, keys)
-    key_lengths = jnp.full((batch,), keys, jnp.int32) if visible.key_length is None else visible.key_length
+    query_lengths, key_lengths = (
+        jnp.full((batch,), most, jnp.int32) if length is None else length.astype(jnp.int32)
+        for most, length in ((q.shape[1], visible.query_length), (keys, visible.key_length))
+    )
     dk, dv = triton_calls.launch(
         triton_flash_kernels.key_gradients,
-        *(q, k, v, do, lse, delta, end, tiles, key_lengths.astype(jnp.int32)),
+        *(q, k, v, do, lse, delta, end, tiles, query_lengths, key_lengths),
         out_shapes=[_results(config.parts, k)] * 2,
         grid=(tiles.shape[1] * config.parts, batch * heads),
         num_warps=config.warps,

@@ -67,14 +67,12 @@ def heuristic(queries: int, keys: int, rows: int, group: int, window: int | None
     Returns:
       The configuration.
     """
-    few = queries * group <= 64
-    tile_rows, warps = (64, 4) if few else (128, 8)
-    tokens = tile_rows // group
+    tokens = 64 // group
     reach = keys if window is None else min(keys, window + tokens)
     parts = split(rows * -(-queries // tokens), reach // 512)
     key_parts = split(rows * -(-keys // 64), -(-queries // (128 // group)) if window is None else 1)
     return Config(
-        forward=QueryConfig(tile_rows, 128 if window is None else 64, warps, 2 if window is None else 3, parts),
-        dq=QueryConfig(tile_rows, 64, warps, 3, parts),
+        forward=QueryConfig(64, 64, 4, 3, parts),
+        dq=QueryConfig(64, 64, 4, 2, parts),
         dkdv=KeyConfig(64, 128, 8, 2, transposed=False, parts=key_parts),
     )

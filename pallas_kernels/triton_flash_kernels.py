@@ -42,68 +42,29 @@ def _row_terms(lse, delta, first_row, place, present):
 
 @triton.jit
 @no_type_check
-def _visible(key, end, WINDOW: tl.constexpr):
-    """Whether queries of this end see the keys; either may be broadcast."""
-    seen = key < end
-    if WINDOW > 0:
-        seen = seen & (key >= end - WINDOW)
-    return seen
+def _visible(index, end, WINDOW: tl.constexpr):
+    """Whether queries see the keys at `index` from one on; `end` is theirs, counted from that key too."""
+    if WINDOW == 0:
+        return index < end
+    # One comparison for both ends: before the start the difference is a large unsigned number.
+    return (index + (WINDOW - end)).to(tl.uint32, bitcast=True) < tl.full([1, 1], WINDOW, tl.uint32)
 
 
 @triton.jit
 @no_type_check
-def _tile_keys(end, present, KEYS: tl.constexpr, WINDOW: tl.constexpr):
-    """Keys that some row of a tile sees, [low, high), and how many steps from low on every row sees whole."""
+def _steps_of_tile(end, present, part, KEYS: tl.constexpr, WINDOW: tl.constexpr, PARTS: tl.constexpr):
+    """The first key that a tile sees, one past the last, its steps [begin, stop) and those that need no mask."""
     high = tl.max(end)
+    low = high * 0
+    whole_low = low
     if WINDOW > 0:
-        low = tl.min(tl.where(end > 0, tl.maximum(end - WINDOW, 0), high))
-        return low, high, 0
-    return 0, high, tl.min(tl.where(present, end, high)) // KEYS
-
-
-@triton.jit
-@no_type_check
-def _attend(
-    acc,
-    top,
-    total,
-    q_tile,
-    k,
-    v,
-    end,
-    first,
-    high,
-    begin,
-    stop,
-    D: tl.constexpr,
-    STRIDE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    KEYS: tl.constexpr,
-    SCALE: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """One step of FlashAttention-2 per KEYS keys, for the steps [begin, stop)."""
-    index = tl.arange(0, KEYS)
-    place = index[:, None] * STRIDE + tl.arange(0, D)[None, :]
-    k += (first + begin * KEYS).to(tl.int64) * STRIDE
-    v += (first + begin * KEYS).to(tl.int64) * STRIDE
-    for step in tl.range(begin, stop):
-        key = first + step * KEYS + index
-        k_tile = tl.load(k + place, mask=(key < high)[:, None], other=0.0) if MASKED else tl.load(k + place)
-        s = tl.dot(q_tile, tl.trans(k_tile))
-        if MASKED:
-            s = tl.where(_visible(key[None, :], end[:, None], WINDOW), s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, axis=1) * SCALE)
-        p = tl.math.exp2(s * SCALE - new_top[:, None])
-        rescale = tl.math.exp2(top - new_top)
-        total = total * rescale + tl.sum(p, axis=1)
-        acc = acc * rescale[:, None]
-        v_tile = tl.load(v + place, mask=(key < high)[:, None], other=0.0) if MASKED else tl.load(v + place)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
-        top = new_top
-        k += KEYS * STRIDE
-        v += KEYS * STRIDE
-    return acc, top, total
+        start = tl.maximum(end - WINDOW, 0)
+        low = tl.min(tl.where(end > 0, start, high))
+        whole_low = tl.max(start)
+    steps = tl.cdiv(high - low, KEYS)
+    whole_from = tl.cdiv(whole_low - low, KEYS)
+    whole_to = (tl.min(tl.where(present, end, high)) - low) // KEYS
+    return low, high, steps * part // PARTS, steps * (part + 1) // PARTS, whole_from, whole_to
 
 
 @triton.jit
@@ -135,81 +96,43 @@ def forward(
     token += tile * (ROWS // G)
     present = present & (token < T)
     first_row = _first_row(batch, tile * (ROWS // G), head, T, N, G)
-    channel = tl.arange(0, D)[None, :]
+    elements = place[:, None] * D + tl.arange(0, D)[None, :]
 
     end = tl.load(ends + batch * T + token, mask=present, other=0)
-    q_tile = tl.load(q + first_row * D + place[:, None] * D + channel, mask=(end > 0)[:, None], other=0.0)
-    low, high, whole = _tile_keys(end, present, KEYS, WINDOW)
-    steps = tl.cdiv(high - low, KEYS)
-    begin = steps * part // PARTS
-    stop = steps * (part + 1) // PARTS
+    # The query of a row without keys may be NaN.
+    q_tile = tl.load(q + first_row * D + elements, mask=(end > 0)[:, None], other=0.0)
+    low, high, begin, stop, whole_from, whole_to = _steps_of_tile(end, present, part, KEYS, WINDOW, PARTS)
 
-    keys_of = (batch.to(tl.int64) * S * N + head) * D
+    index = tl.arange(0, KEYS)
+    key_elements = index[:, None] * (N * D) + tl.arange(0, D)[None, :]
+    key = low + begin * KEYS
+    keys_of = ((batch.to(tl.int64) * S + key) * N + head) * D
     acc = tl.zeros([ROWS, D], tl.float32)
     top = tl.full([ROWS], _EMPTY_LSE, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    if WINDOW == 0:
-        whole = tl.minimum(tl.maximum(whole, begin), stop)
-        acc, top, total = _attend(
-            acc, top, total, q_tile, k + keys_of, v + keys_of, end, low, high, begin, whole,
-            D, N * D, WINDOW, KEYS, SCALE, False,
-        )  # fmt: skip
-        begin = whole
-    acc, top, total = _attend(
-        acc, top, total, q_tile, k + keys_of, v + keys_of, end, low, high, begin, stop,
-        D, N * D, WINDOW, KEYS, SCALE, True,
-    )  # fmt: skip
+    for step in tl.range(begin, stop):
+        there = (index < high - key)[:, None]
+        k_tile = tl.load(k + keys_of + key_elements, mask=there, other=0.0)
+        s = tl.dot(q_tile, tl.trans(k_tile))
+        if (step < whole_from) | (step >= whole_to):
+            s = tl.where(_visible(index[None, :], end[:, None] - key, WINDOW), s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, axis=1) * SCALE)
+        p = tl.math.exp2(s * SCALE - new_top[:, None])
+        rescale = tl.math.exp2(top - new_top)
+        total = total * rescale + tl.sum(p, axis=1)
+        acc = acc * rescale[:, None]
+        v_tile = tl.load(v + keys_of + key_elements, mask=there, other=0.0)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
+        top = new_top
+        key += KEYS
+        keys_of += KEYS * N * D
 
     empty = total == 0.0
     divisor = tl.where(empty, 1.0, total)
     first_row += part * (tl.num_programs(1) // N).to(tl.int64) * (T * N * G)
     tl.store(lse + first_row + place, tl.where(empty, _EMPTY_LSE, top * _LN_2 + tl.log(divisor)), mask=present)
     output = acc / divisor[:, None]
-    tl.store(o + first_row * D + place[:, None] * D + channel, output.to(o.dtype.element_ty), mask=present[:, None])
-
-
-@triton.jit
-@no_type_check
-def _query_gradient(
-    dq,
-    q_tile,
-    do_tile,
-    shift,
-    delta,
-    k,
-    v,
-    end,
-    first,
-    high,
-    begin,
-    stop,
-    D: tl.constexpr,
-    STRIDE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    KEYS: tl.constexpr,
-    SCALE: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    index = tl.arange(0, KEYS)
-    place = index[:, None] * STRIDE + tl.arange(0, D)[None, :]
-    k += (first + begin * KEYS).to(tl.int64) * STRIDE
-    v += (first + begin * KEYS).to(tl.int64) * STRIDE
-    for step in tl.range(begin, stop):
-        key = first + step * KEYS + index
-        if MASKED:
-            k_tile = tl.load(k + place, mask=(key < high)[:, None], other=0.0)
-            v_tile = tl.load(v + place, mask=(key < high)[:, None], other=0.0)
-        else:
-            k_tile = tl.load(k + place)
-            v_tile = tl.load(v + place)
-        p = tl.math.exp2(tl.dot(q_tile, tl.trans(k_tile)) * SCALE - shift[:, None])
-        if MASKED:
-            p = tl.where(_visible(key[None, :], end[:, None], WINDOW), p, 0.0)
-        ds = p * (tl.dot(do_tile, tl.trans(v_tile)) - delta[:, None])
-        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq)
-        k += KEYS * STRIDE
-        v += KEYS * STRIDE
-    return dq
+    tl.store(o + first_row * D + elements, output.to(o.dtype.element_ty), mask=present[:, None])
 
 
 @triton.jit
@@ -251,24 +174,24 @@ def query_gradient(
     q_tile = tl.load(q + first_row * D + elements, mask=sees[:, None], other=0.0)
     do_tile = tl.load(do + first_row * D + elements, mask=sees[:, None], other=0.0)
     shift, row_delta = _row_terms(lse, delta, first_row, place, sees)
-    low, high, whole = _tile_keys(end, present, KEYS, WINDOW)
-    steps = tl.cdiv(high - low, KEYS)
-    begin = steps * part // PARTS
-    stop = steps * (part + 1) // PARTS
+    low, high, begin, stop, whole_from, whole_to = _steps_of_tile(end, present, part, KEYS, WINDOW, PARTS)
 
-    keys_of = (batch.to(tl.int64) * S * N + head) * D
+    index = tl.arange(0, KEYS)
+    key_elements = index[:, None] * (N * D) + tl.arange(0, D)[None, :]
+    key = low + begin * KEYS
+    keys_of = ((batch.to(tl.int64) * S + key) * N + head) * D
     acc = tl.zeros([ROWS, D], tl.float32)
-    if WINDOW == 0:
-        whole = tl.minimum(tl.maximum(whole, begin), stop)
-        acc = _query_gradient(
-            acc, q_tile, do_tile, shift, row_delta, k + keys_of, v + keys_of, end, low, high, begin, whole,
-            D, N * D, WINDOW, KEYS, SCALE, False,
-        )  # fmt: skip
-        begin = whole
-    acc = _query_gradient(
-        acc, q_tile, do_tile, shift, row_delta, k + keys_of, v + keys_of, end, low, high, begin, stop,
-        D, N * D, WINDOW, KEYS, SCALE, True,
-    )  # fmt: skip
+    for step in tl.range(begin, stop):
+        there = (index < high - key)[:, None]
+        k_tile = tl.load(k + keys_of + key_elements, mask=there, other=0.0)
+        v_tile = tl.load(v + keys_of + key_elements, mask=there, other=0.0)
+        p = tl.math.exp2(tl.dot(q_tile, tl.trans(k_tile)) * SCALE - shift[:, None])
+        if (step < whole_from) | (step >= whole_to):
+            p = tl.where(_visible(index[None, :], end[:, None] - key, WINDOW), p, 0.0)
+        ds = p * (tl.dot(do_tile, tl.trans(v_tile)) - row_delta[:, None])
+        acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc)
+        key += KEYS
+        keys_of += KEYS * N * D
     acc *= SCALE / _LOG2_E
     first_row += part * (tl.num_programs(1) // N).to(tl.int64) * (T * N * G)
     tl.store(dq + first_row * D + elements, acc.to(dq.dtype.element_ty), mask=present[:, None])
@@ -285,6 +208,7 @@ def key_gradients(
     delta,
     ends,
     tiles,
+    query_lengths,
     key_lengths,
     dk,
     dv,
@@ -310,10 +234,11 @@ def key_gradients(
     part = tl.program_id(0) % PARTS
     batch = tl.program_id(1) // N
     head = tl.program_id(1) % N
-    key = key_tile * KEYS + tl.arange(0, KEYS)
-    keys_of = (batch.to(tl.int64) * S + key_tile * KEYS) * (N * D) + head * D
-    elements = tl.arange(0, KEYS)[:, None] * (N * D) + tl.arange(0, D)[None, :]
-    valid = key < tl.load(key_lengths + batch)
+    index = tl.arange(0, KEYS)
+    origin = key_tile * KEYS
+    keys_of = ((batch.to(tl.int64) * S + origin) * N + head) * D
+    elements = index[:, None] * (N * D) + tl.arange(0, D)[None, :]
+    valid = index < tl.load(key_lengths + batch) - origin
     k_tile = tl.load(k + keys_of + elements, mask=valid[:, None], other=0.0)
     v_tile = tl.load(v + keys_of + elements, mask=valid[:, None], other=0.0)
 
@@ -328,30 +253,31 @@ def key_gradients(
     row_elements = place[:, None] * D + tl.arange(0, D)[None, :]
     first_row = _first_row(batch, begin * tokens, head, T, N, G)
     ends += batch * T
+    queries = tl.load(query_lengths + batch)
     dk_acc = tl.zeros([KEYS, D], tl.float32)
     dv_acc = tl.zeros([KEYS, D], tl.float32)
     for tile in tl.range(begin, stop):
-        end = tl.load(ends + tile * tokens + token, mask=present & (tile * tokens + token < T), other=0)
-        sees = end > 0
-        q_tile = tl.load(q + first_row * D + row_elements, mask=sees[:, None], other=0.0)
-        do_tile = tl.load(do + first_row * D + row_elements, mask=sees[:, None], other=0.0)
-        shift, row_delta = _row_terms(lse, delta, first_row, place, sees)
+        there = present & (token < queries - tile * tokens)
+        end = tl.load(ends + tile * tokens + token, mask=there, other=0)
+        q_tile = tl.load(q + first_row * D + row_elements, mask=there[:, None], other=0.0)
+        do_tile = tl.load(do + first_row * D + row_elements, mask=there[:, None], other=0.0)
+        shift, row_delta = _row_terms(lse, delta, first_row, place, there)
         if TRANSPOSED:
             p = tl.math.exp2(tl.dot(k_tile, tl.trans(q_tile)) * SCALE - shift[None, :])
-            p = tl.where(_visible(key[:, None], end[None, :], WINDOW), p, 0.0)
+            p = tl.where(_visible(index[:, None], end[None, :] - origin, WINDOW), p, 0.0)
             dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, dv_acc)
             ds = p * (tl.dot(v_tile, tl.trans(do_tile)) - row_delta[None, :])
             dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc)
         else:
             p = tl.math.exp2(tl.dot(q_tile, tl.trans(k_tile)) * SCALE - shift[:, None])
-            p = tl.where(_visible(key[None, :], end[:, None], WINDOW), p, 0.0)
+            p = tl.where(_visible(index[None, :], end[:, None] - origin, WINDOW), p, 0.0)
             dv_acc = tl.dot(tl.trans(p.to(do_tile.dtype)), do_tile, dv_acc)
             ds = p * (tl.dot(do_tile, tl.trans(v_tile)) - row_delta[:, None])
             dk_acc = tl.dot(tl.trans(ds.to(q_tile.dtype)), q_tile, dk_acc)
         first_row += tokens * N * G
 
     keys_of += part * (tl.num_programs(1) // N).to(tl.int64) * (S * N * D)
-    inside = (key < S)[:, None]
+    inside = (index < S - origin)[:, None]
     dk_acc *= SCALE / _LOG2_E
     tl.store(dk + keys_of + elements, dk_acc.to(dk.dtype.element_ty), mask=inside)
     tl.store(dv + keys_of + elements, dv_acc.to(dv.dtype.element_ty), mask=inside)

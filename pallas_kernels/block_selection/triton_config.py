@@ -20,9 +20,9 @@ class Config:
       score_bytes: most device memory for the scores of one chunk of queries.
     """
 
-    tokens: int = 128
+    tokens: int = 64
     columns: int = 128
-    warps: int = 8
+    warps: int = 4
     stages: int = 2
     row_values: int = 64
     variants: int = 4

@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import triton_interpreter
 
+from pallas_kernels import compressed_attention, prefix_attention, triton_flash, window_attention
 from pallas_kernels.common import EMPTY_LSE
 from pallas_kernels.compressed_attention import reference as compressed_reference
 from pallas_kernels.compressed_attention import triton as compressed_triton
 from pallas_kernels.prefix_attention import reference as prefix_reference
 from pallas_kernels.prefix_attention import triton as prefix_triton
-from pallas_kernels.triton_flash_config import Config, KeyConfig, QueryConfig
+from pallas_kernels.triton_flash_config import Config, KeyConfig, QueryConfig, heuristic
 from pallas_kernels.window_attention import reference as window_reference
 from pallas_kernels.window_attention import triton as window_triton
-import triton_interpreter
 
 
 def small_config(parts=1, key_parts=1, transposed=False):
@@ -114,3 +115,92 @@ def test_prefix_of_few_tokens():
         do,
         dlse,
     )
+
+
+def built(name):
+    """The launches of the 7B shapes at 64K tokens (decode: 128K keys), traced."""
+    tokens, keys = (1, 131_072) if name == "decode" else (65_536, 65_536)
+    q = jax.ShapeDtypeStruct((1, tokens, 4, 7, 128), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((1, keys // 64 if name == "compressed" else keys, 4, 128), jnp.bfloat16)
+    length = jax.ShapeDtypeStruct((1,), jnp.int32)
+
+    def attend(q, k, v, length):
+        if name == "compressed":
+            return compressed_triton.compressed_attention(q, k, v, block_size=64, q_offset=0, lengths=length)
+        if name == "window":
+            return window_triton.window_attention(q, k, v, window_size=256, q_offset=0, lengths=length)
+        return prefix_triton.prefix_attention(q[:, None], k, v, length[:, None, None], length)
+
+    def both(q, k, v, do, length):
+        (o, lse), back = jax.vjp(lambda q, k, v: attend(q, k, v, length), q, k, v)
+        return o, lse, *back((do.reshape(o.shape), lse))
+
+    return triton_interpreter.launches(both, q, k, k, q, length)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["compressed", "window", "decode"])
+def test_the_published_shapes_compile_for_hopper(name):
+    for launch in built(name):
+        kernel = triton_interpreter.compiled(launch)
+        assert "wgmma.mma_async" in kernel.ptx
+        assert kernel.shared_memory <= 227 * 1024
+        # A few words around the loops.
+        assert kernel.spills <= 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": jnp.float32}, "bfloat16 and float16, not float32"),
+        ({"size": 32}, "head sizes 64 and 128, not 32"),
+        ({"group": 9}, "at most 8 query heads per KV head, not 9"),
+    ],
+)
+def test_calls_that_the_kernels_do_not_cover_say_why(change, message):
+    sizes = {"dtype": jnp.bfloat16, "size": 64, "group": 7} | change
+    q = jnp.zeros((1, 4, 1, sizes["group"], sizes["size"]), sizes["dtype"])
+    k = jnp.zeros((1, 4, 1, sizes["size"]), sizes["dtype"])
+    with pytest.raises(NotImplementedError, match=message):
+        window_triton.window_attention(q, k, k, window_size=2, q_offset=0, lengths=None)
+
+
+def test_another_device_is_named():
+    q, k = jnp.zeros((1, 4, 1, 2, 64), jnp.bfloat16), jnp.zeros((1, 4, 1, 64), jnp.bfloat16)
+    message = "needs an NVIDIA GPU of compute capability 8.0 or more, not platform 'cpu'"
+    with pytest.raises(NotImplementedError, match=message):
+        window_attention(q, k, k, window_size=2, implementation="triton")
+    with pytest.raises(NotImplementedError, match=message):
+        compressed_attention(q, k, k, block_size=2, implementation="triton")
+    with pytest.raises(NotImplementedError, match=message):
+        prefix_attention(q[None], k, k, jnp.ones((1, 1, 4), jnp.int32), implementation="triton")
+
+
+def test_nothing_to_attend_to():
+    q, k = jnp.zeros((1, 3, 1, 2, 64), jnp.bfloat16), jnp.zeros((1, 0, 1, 64), jnp.bfloat16)
+    o, lse = window_triton.window_attention(q, k, k, window_size=2, q_offset=0, lengths=jnp.array([0]))
+    assert not o.any()
+    assert (lse == EMPTY_LSE).all()
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_tiles_of_queries_hold_those_that_see_the_keys(window):
+    queries, keys, group = 300, 410, 7
+    end = np.clip(np.arange(queries) + 90, 0, keys)
+    end[280:] = 0
+    start = np.zeros_like(end) if window is None else np.maximum(end - window, 0)
+    config = KeyConfig(64, 128, 8, 2, False)
+    tiles = np.asarray(triton_flash.query_tiles(config, group, jnp.asarray(end, jnp.int32)[None], window, keys))[0]
+    token = np.arange(queries)
+    for origin, (first, last) in zip(range(0, keys, 64), tiles, strict=True):
+        seen = (start < origin + 64) & (end > origin)
+        inside = (token // 18 >= first) & (token // 18 < last)
+        assert not (seen & ~inside).any()
+        assert first == last or seen[token // 18 == first].any()
+
+
+def test_few_queries_take_small_tiles_and_split_the_keys():
+    few, many = heuristic(1, 131_072, 4, 7, None), heuristic(65_536, 65_536, 4, 7, 256)
+    assert few.forward.rows == 64
+    assert few.forward.parts == 33
+    assert many.forward.parts == many.dkdv.parts == 1

@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import triton_interpreter
 
+from pallas_kernels import block_selection
 from pallas_kernels.block_selection import reference, triton
 from pallas_kernels.block_selection.choice import choose_blocks
-from pallas_kernels.block_selection.triton_config import Config
+from pallas_kernels.block_selection.triton_config import Config, power_of_two
 from pallas_kernels.block_words import WORD, indices_of
 from pallas_kernels.common import EMPTY_LSE
-import triton_interpreter
 
 BLOCK = 8
 
@@ -80,3 +81,58 @@ def test_the_best_of_any_scores(init, local, places):
         )
         chosen = jax.block_until_ready(chosen)
     np.testing.assert_array_equal(indices_of(chosen, places), expected)
+
+
+@pytest.mark.slow
+def test_the_published_shape_compiles_for_hopper():
+    q = jax.ShapeDtypeStruct((1, 65_536, 4, 7, 128), jnp.bfloat16)
+    means = jax.ShapeDtypeStruct((1, 1024, 4, 128), jnp.bfloat16)
+    lse = jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)
+    options = {"block_size": 64, "block_count": 32, "init_blocks": 0, "local_blocks": 1, "q_offset": 0, "lengths": None}
+    launches = triton_interpreter.launches(lambda *x: triton.block_selection(*x, **options), q, means, lse)
+    importance, choose = map(triton_interpreter.compiled, launches)
+    assert "wgmma.mma_async" in importance.ptx
+    assert importance.shared_memory <= 227 * 1024
+    assert importance.spills == choose.spills == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": jnp.float32}, "bfloat16 and float16, not float32"),
+        ({"size": 32}, "head sizes 64 and 128, not 32"),
+        ({"group": 9}, "at most 8 query heads per KV head, not 9"),
+    ],
+)
+def test_calls_that_the_kernels_do_not_cover_say_why(change, message):
+    sizes = {"dtype": jnp.bfloat16, "size": 64, "group": 7} | change
+    q = jnp.zeros((1, 4, 1, sizes["group"], sizes["size"]), sizes["dtype"])
+    options = {"block_size": 64, "block_count": 2, "init_blocks": 0, "local_blocks": 1, "q_offset": 0, "lengths": None}
+    with pytest.raises(NotImplementedError, match=message):
+        triton.block_selection(q, q[:, :, :, 0], jnp.zeros(q.shape[:-1]), **options)
+
+
+def test_another_device_is_named():
+    q = jnp.zeros((1, 4, 1, 2, 64), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=r"needs an NVIDIA GPU of compute capability 8\.0 or more"):
+        block_selection(
+            q, q[:, :0, :, 0], jnp.zeros(q.shape[:-1]), block_size=64, block_count=1, implementation="triton"
+        )
+
+
+def test_queries_before_the_first_complete_block_and_no_queries():
+    q = jnp.zeros((1, 3, 1, 2, 64), jnp.bfloat16)
+    options = {"block_size": 64, "block_count": 2, "init_blocks": 0, "local_blocks": 1, "q_offset": 0, "lengths": None}
+    lse = jnp.full(q.shape[:-1], EMPTY_LSE)
+    with triton_interpreter.interpreted():
+        chosen = jax.block_until_ready(triton.block_selection(q, q[:, :0, :, 0], lse, **options))
+    np.testing.assert_array_equal(chosen, np.broadcast_to([0, -1], (1, 3, 1, 2)))
+    assert triton.block_selection(q[:, :0], q[:, :0, :, 0], lse[:, :0], **options).shape == (1, 0, 1, 2)
+
+
+def test_chunks_are_whole_tiles_within_the_memory_asked_for():
+    tile = 4 * 4 * 256 * 128
+    assert Config(score_bytes=8 * tile).chunk(128 * 7 + 1, 4, 256) == 128 * 8
+    assert Config(score_bytes=7 * tile).chunk(128 * 7 + 1, 4, 256) == 128 * 4
+    assert Config(score_bytes=1).chunk(300, 4, 256) == 128
+    assert [power_of_two(x) for x in (0, 1, 2, 33)] == [1, 1, 2, 64]
