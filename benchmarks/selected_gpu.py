@@ -89,14 +89,24 @@ def reference_block(
         return jnp.einsum("tngs,tngd->snd", ds, q), jnp.einsum("tngs,tngd->snd", p, do)
 
 
-def check(config: gpu_config.Config, tensors: tuple[jax.Array, ...], index: jax.Array) -> dict[str, float | bool]:
-    """Errors of output, log-sum-exp and gradients; whether a second run gives the same bits."""
+Attend = Callable[[jax.Array, jax.Array, jax.Array], Any]
+"""q, k, v -> output and log-sum-exp."""
+
+
+def check(whole: Callable[..., Attend], tensors: tuple[jax.Array, ...], index: jax.Array) -> dict[str, float | bool]:
+    """Errors of output, log-sum-exp and gradients; whether a second run gives the same bits.
+
+    Args:
+      whole: from the chosen blocks (and lengths) to the operation as a function of q, k and v.
+      tensors: q, k, v and the output's cotangent.
+      index: the chosen blocks.
+    """
     q, k, v, do = tensors
     queries = q.shape[1]
 
     @jax.jit
     def run(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, index: jax.Array) -> Any:
-        (o, lse), back = jax.vjp(whole(config, index), q, k, v)
+        (o, lse), back = jax.vjp(whole(index), q, k, v)
         return o, lse, *back((do, jnp.zeros_like(lse)))
 
     poison(q, q, k, v, do)
@@ -119,7 +129,7 @@ def check(config: gpu_config.Config, tensors: tuple[jax.Array, ...], index: jax.
     return {name: max(values) for name, values in seen.items()} | {"finite": finite, "same_bits": same}
 
 
-def whole(config: gpu_config.Config, index: jax.Array, lengths: jax.Array | None = None) -> Callable[..., Any]:
+def whole(config: gpu_config.Config, index: jax.Array, lengths: jax.Array | None = None) -> Attend:
     """The operation as a function of q, k and v."""
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
@@ -130,13 +140,13 @@ def whole(config: gpu_config.Config, index: jax.Array, lengths: jax.Array | None
     return attend
 
 
-def check_ragged(config: gpu_config.Config, tensors: tuple[jax.Array, ...], index: jax.Array) -> dict[str, Any]:
-    """NaN past `lengths` must change nothing before it: compares with the call cut to that length."""
+def check_ragged(whole: Callable[..., Attend], tensors: tuple[jax.Array, ...], index: jax.Array) -> dict[str, Any]:
+    """NaN past `lengths` must change nothing before it: compares with the call cut to that length (see `check`)."""
     q, k, v, do = tensors
     length = q.shape[1] - 100
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, index: jax.Array, lengths: Any) -> Any:
-        (o, lse), back = jax.vjp(whole(config, index, lengths), q, k, v)
+        (o, lse), back = jax.vjp(whole(index, lengths), q, k, v)
         return o, *back((do, jnp.zeros_like(lse)))
 
     past = jnp.arange(q.shape[1]) >= length
@@ -238,14 +248,22 @@ def small_checks(record: dict[str, Any]) -> bool:
         try_gradients(config, tensors, index, record)
         return False
     record["pieces"] = pieces
-    attempt(record, "small", lambda: check(config, tensors, index))
+    attempt(record, "small", lambda: check(functools.partial(whole, config), tensors, index))
     split = dataclasses.replace(config, dkdv=dataclasses.replace(config.dkdv, part=256))
-    attempt(record, "sink, split", lambda: check(split, tensors, draw_choice(queries, 0.5, 8, places=8, sink=True)))
-    attempt(record, "ragged", lambda: check_ragged(config, tensors, draw_choice(queries, 0.5, 9, places=8)))
+    attempt(
+        record,
+        "sink, split",
+        lambda: check(functools.partial(whole, split), tensors, draw_choice(queries, 0.5, 8, places=8, sink=True)),
+    )
+    attempt(
+        record,
+        "ragged",
+        lambda: check_ragged(functools.partial(whole, config), tensors, draw_choice(queries, 0.5, 9, places=8)),
+    )
     return all(fine(record[name]) for name in ("small", "sink, split", "ragged"))
 
 
-def check_other_shape() -> dict[str, float]:
+def check_other_shape(attend: Callable[..., Any] = mosaic_gpu.selected_attention) -> dict[str, float]:
     """Two batch rows, four query heads of 64, float16, later queries, ragged: against the float32 reference."""
     batch, queries, heads, group, size, offset = 2, 300, 2, 4, 64, 100
     keys, lengths = queries + offset, jnp.array([400, 371], jnp.int32)
@@ -266,7 +284,7 @@ def check_other_shape() -> dict[str, float]:
 
         return jax.jit(both)(*tensors)
 
-    actual, expected = run(mosaic_gpu.selected_attention, jnp.float16), run(reference.selected_attention, jnp.float32)
+    actual, expected = run(attend, jnp.float16), run(reference.selected_attention, jnp.float32)
     names = ("o", "dq", "dk", "dv")
     return {name: relative_error(a, b) for name, a, b in zip(names, actual, expected, strict=True)}
 
@@ -380,7 +398,7 @@ def main() -> None:
             at[f"rho {rho}"] = record
             choices = [draw_choice(queries, rho, seed) for seed in range(args.inputs)]
             if rho == args.rho[0]:
-                attempt(record, "errors", lambda: check(config, inputs[0], choices[0]))  # noqa: B023
+                attempt(record, "errors", lambda: check(functools.partial(whole, config), inputs[0], choices[0]))  # noqa: B023
             try:
                 time_pieces(config, inputs, choices, record)
             except Exception as reason:

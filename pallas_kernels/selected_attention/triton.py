@@ -87,6 +87,7 @@ def forward(
         num_warps=config.forward.warps,
         num_stages=config.forward.stages,
         TOKENS=config.forward.tokens,
+        STEP=config.forward.step,
         NUMBERS=pieces * width,
         LAST_STAGES=LAST_STAGES,
         **triton_rule.sizes(q, k),

@@ -72,6 +72,7 @@ def forward_kernel(
     SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
     NUMBERS: tl.constexpr,
+    STEP: tl.constexpr,
     LAST_STAGES: tl.constexpr,
 ):
     """A program per tile of TOKENS queries of one KV head: the union of their blocks, read once.
@@ -101,15 +102,38 @@ def forward_kernel(
     total = tl.zeros((TOKENS * ROWS,), tl.float32)
     # An entry is read one step ahead of its block, so that the block's copy never waits for its index.
     block, mask = tl.load(entry), tl.load(entry + 1)
-    for i in tl.range(0, whole):
-        at = base + block.to(tl.int64) * (BLOCK * HEADS * SIZE)
-        k_block, v_block = tl.load(k + at + offsets), tl.load(v + at + offsets)
-        acc, top, total = _attend(
-            acc, top, total, block, mask, q_tile, k_block, v_block, start, token, scale, CAUSAL=False
-        )
-        following = entry + 2 * tl.minimum(i + 1, count - 1)
-        block, mask = tl.load(following), tl.load(following + 1)
-    for i in tl.range(whole, count, num_stages=LAST_STAGES):
+    first = 0
+    if STEP == 2:
+        first = whole // 2 * 2
+        key = tl.arange(0, 2 * BLOCK)
+        pair = (key % BLOCK)[:, None] * (HEADS * SIZE) + channel
+        second = tl.minimum(1, count - 1)
+        block_2, mask_2 = tl.load(entry + 2 * second), tl.load(entry + 2 * second + 1)
+        for i in tl.range(0, whole // 2):
+            blocks = tl.where(key < BLOCK, block, block_2).to(tl.int64)[:, None]
+            at = base + blocks * (BLOCK * HEADS * SIZE) + pair
+            k_pair, v_pair = tl.load(k + at), tl.load(v + at)
+            s = tl.dot(q_tile, tl.trans(k_pair))
+            seen, seen_2 = ((mask >> token) & 1) != 0, ((mask_2 >> token) & 1) != 0
+            s = tl.where(tl.where((key < BLOCK)[None, :], seen[:, None], seen_2[:, None]), s, -HIDDEN)
+            p, top, rescale = soften(s, seen | seen_2, top, scale)
+            total = total * rescale + tl.sum(p, axis=1)
+            acc = tl.dot(p.to(v_pair.dtype), v_pair, acc * rescale[:, None])
+            following = entry + 2 * tl.minimum(2 * i + 2, count - 1)
+            block, mask = tl.load(following), tl.load(following + 1)
+            following = entry + 2 * tl.minimum(2 * i + 3, count - 1)
+            block_2, mask_2 = tl.load(following), tl.load(following + 1)
+    else:
+        first = whole
+        for i in tl.range(0, whole):
+            at = base + block.to(tl.int64) * (BLOCK * HEADS * SIZE)
+            k_block, v_block = tl.load(k + at + offsets), tl.load(v + at + offsets)
+            acc, top, total = _attend(
+                acc, top, total, block, mask, q_tile, k_block, v_block, start, token, scale, CAUSAL=False
+            )
+            following = entry + 2 * tl.minimum(i + 1, count - 1)
+            block, mask = tl.load(following), tl.load(following + 1)
+    for i in tl.range(first, count, num_stages=LAST_STAGES):
         at = base + block.to(tl.int64) * (BLOCK * HEADS * SIZE)
         k_block, v_block = tl.load(k + at + offsets), tl.load(v + at + offsets)
         acc, top, total = _attend(

@@ -11,6 +11,8 @@ import functools
 import re
 import subprocess
 import tempfile
+import threading
+import types
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +24,9 @@ import numpy as np
 from pallas_kernels import triton_calls
 
 _TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32", "uint32": "u32"}
+
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class _Pointer:
@@ -52,7 +57,9 @@ def _interpret(kernel: Any, grid: tuple[int, ...], constants: dict[str, Any], ou
     results = [np.full(x.shape, -(2**30) if jnp.issubdtype(x.dtype, jnp.integer) else np.nan, x.dtype) for x in outs]
     function = _rewritten(kernel.fn)
     run = OnHost(function.rewrite(), function.arg_names, grid)
-    run(*map(_Pointer, inputs), *map(_Pointer, results), **constants)
+    # The interpreter knows of one program at a time.
+    with _ONE_AT_A_TIME:
+        run(*map(_Pointer, inputs), *map(_Pointer, results), **constants)
     return results
 
 
@@ -86,6 +93,9 @@ def interpreted():
         # The interpreter keeps a scalar as an array of one element, which numpy no longer converts to an int.
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
+    with mock.patch.object(interpreter, "_patch_lang_tensor", patch_tensor_and_index):
+        scope = interpreter._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+
     def launch(kernel, *arrays, out_shapes, grid, num_warps, num_stages, **constants):
         del num_warps, num_stages
         run = functools.partial(_interpret, kernel, grid, constants, out_shapes)
@@ -110,11 +120,15 @@ def interpreted():
         mock.patch.object(triton_calls, "launch", launch),
         mock.patch.object(interpreter, "_convert_float", convert_to_nearest),
         mock.patch.object(interpreter.InterpreterBuilder, "create_dot", multiply_widened),
-        mock.patch.object(interpreter, "_patch_lang_tensor", patch_tensor_and_index),
+        # It would patch the language again for every call of a helper, and not take that back.
+        mock.patch.object(interpreter, "_patch_lang", return_value=interpreter._LangPatchScope()),
         # A kernel's helpers are called while it is interpreted.
         mock.patch.object(JITFunction, "__call__", lambda self, *args, **kwargs: _rewritten(self.fn)(*args, **kwargs)),
     ):
-        yield
+        try:
+            yield
+        finally:
+            scope.restore()
 
 
 @dataclasses.dataclass(frozen=True)
