@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float, Float32, Int, Int32
+from jaxtyping import Float, Float32, Int32
 
 from pallas_kernels import triton_calls
 from pallas_kernels.common import EMPTY_LSE, zero_where
@@ -120,7 +120,7 @@ def attend(
     config = rule.config.forward
     o, lse = triton_calls.launch(
         triton_flash_kernels.forward,
-        *(q, k, v, visible.end.astype(jnp.int32)),
+        *(q, k, v, *_ends(config, q, visible, rule.window)),
         out_shapes=[_results(config.parts, q), jax.ShapeDtypeStruct((config.parts, *q.shape[:-1]), jnp.float32)],
         **_query_grid(config, q),
         **_constants(rule, config, q, k),
@@ -175,7 +175,7 @@ def query_gradient(
     config = rule.config.dq
     (dq,) = triton_calls.launch(
         triton_flash_kernels.query_gradient,
-        *(q, k, v, do, lse, delta, visible.end.astype(jnp.int32)),
+        *(q, k, v, do, lse, delta, *_ends(config, q, visible, rule.window)),
         out_shapes=[_results(config.parts, q)],
         **_query_grid(config, q),
         **_constants(rule, config, q, k),
@@ -220,20 +220,33 @@ def key_gradients(
 
 
 def query_tiles(
-    config: KeyConfig, group: int, end: Int[jax.Array, "B T"], window: int | None, keys: int
+    config: KeyConfig, group: int, end: Int32[jax.Array, "B T"], window: int | None, keys: int
 ) -> Int32[jax.Array, "B tiles 2"]:
     """The tiles of queries, from the first number up to the second, that see some of each tile of keys."""
-    tokens = config.rows // group
-    batch, queries = end.shape
-    stripes = -(-queries // tokens)
-    ends = jnp.pad(end, [(0, 0), (0, stripes * tokens - queries)]).reshape(batch, stripes, tokens)
-    low, high, _, _ = (x[:, None] for x in bounds(ends, window))
+    low, high, _, _ = (x[:, None] for x in _tile_bounds(config, group, end, window))
     origin = (jnp.arange(-(-keys // config.keys)) * config.keys)[:, None]
     sees = (low < origin + config.keys) & (high > origin)
-    stripe = jnp.arange(stripes)
-    last = jnp.max(jnp.where(sees, stripe + 1, 0), axis=-1)
-    first = jnp.min(jnp.where(sees, stripe, stripes), axis=-1)
+    tile = jnp.arange(sees.shape[-1])
+    last = jnp.max(jnp.where(sees, tile + 1, 0), axis=-1)
+    first = jnp.min(jnp.where(sees, tile, tile.size), axis=-1)
     return jnp.stack([jnp.minimum(first, last), last], axis=-1).astype(jnp.int32)
+
+
+def _ends(
+    config: QueryConfig, q: jax.Array, visible: Visible, window: int | None
+) -> tuple[Int32[jax.Array, "B T"], Int32[jax.Array, "B tiles 4"]]:
+    """The queries' ends, and each tile's bounds."""
+    end = visible.end.astype(jnp.int32)
+    return end, jnp.stack(_tile_bounds(config, q.shape[3], end, window), axis=-1)
+
+
+def _tile_bounds(
+    config: QueryConfig | KeyConfig, group: int, end: Int32[jax.Array, "B T"], window: int | None
+) -> tuple[Int32[jax.Array, "B tiles"], ...]:
+    """`gpu_flash_plan.bounds` of the tiles of queries; what follows the last query repeats it."""
+    tokens = config.rows // group
+    end = jnp.pad(end, [(0, 0), (0, -end.shape[1] % tokens)], mode="edge")
+    return bounds(end.reshape(end.shape[0], -1, tokens), window)
 
 
 def _query_grid(config: QueryConfig, q: jax.Array) -> dict[str, Any]:

@@ -52,18 +52,13 @@ def _visible(index, end, WINDOW: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _steps_of_tile(end, present, part, KEYS: tl.constexpr, WINDOW: tl.constexpr, PARTS: tl.constexpr):
+def _steps_of_tile(about, part, KEYS: tl.constexpr, PARTS: tl.constexpr):
     """The first key that a tile sees, one past the last, its steps [begin, stop) and those that need no mask."""
-    high = tl.max(end)
-    low = high * 0
-    whole_low = low
-    if WINDOW > 0:
-        start = tl.maximum(end - WINDOW, 0)
-        low = tl.min(tl.where(end > 0, start, high))
-        whole_low = tl.max(start)
-    steps = tl.cdiv(high - low, KEYS)
-    whole_from = tl.cdiv(whole_low - low, KEYS)
-    whole_to = (tl.min(tl.where(present, end, high)) - low) // KEYS
+    low = tl.load(about)
+    high = tl.load(about + 1)
+    steps = tl.cdiv(tl.maximum(high - low, 0), KEYS)
+    whole_from = tl.cdiv(tl.maximum(tl.load(about + 2) - low, 0), KEYS)
+    whole_to = (tl.load(about + 3) - low) // KEYS
     return low, high, steps * part // PARTS, steps * (part + 1) // PARTS, whole_from, whole_to
 
 
@@ -74,6 +69,7 @@ def forward(
     k,
     v,
     ends,
+    bounds,
     o,
     lse,
     T: tl.constexpr,
@@ -87,11 +83,18 @@ def forward(
     KEYS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """A tile's output and log-sum-exp over a part of its keys; grid (tiles x PARTS, B x N), the last tiles first."""
-    tile = tl.num_programs(0) // PARTS - 1 - tl.program_id(0) // PARTS
+    """A tile's output and log-sum-exp over a part of its keys; grid (tiles x PARTS, B x N), the last tiles first.
+
+    `bounds` [B, tiles, 4]: the keys that some row of a tile sees, from the first number up to the second, and those
+    that all of them see, from the third up to the fourth.
+    """
+    tiles = tl.num_programs(0) // PARTS
+    tile = tiles - 1 - tl.program_id(0) // PARTS
     part = tl.program_id(0) % PARTS
     batch = tl.program_id(1) // N
     head = tl.program_id(1) % N
+    about = bounds + (batch * tiles + tile) * 4
+    low, high, begin, stop, whole_from, whole_to = _steps_of_tile(about, part, KEYS, PARTS)
     token, place, present = _rows_of_tile(ROWS, N, G)
     token += tile * (ROWS // G)
     present = present & (token < T)
@@ -101,7 +104,6 @@ def forward(
     end = tl.load(ends + batch * T + token, mask=present, other=0)
     # The query of a row without keys may be NaN.
     q_tile = tl.load(q + first_row * D + elements, mask=(end > 0)[:, None], other=0.0)
-    low, high, begin, stop, whole_from, whole_to = _steps_of_tile(end, present, part, KEYS, WINDOW, PARTS)
 
     index = tl.arange(0, KEYS)
     key_elements = index[:, None] * (N * D) + tl.arange(0, D)[None, :]
@@ -145,6 +147,7 @@ def query_gradient(
     lse,
     delta,
     ends,
+    bounds,
     dq,
     T: tl.constexpr,
     S: tl.constexpr,
@@ -157,11 +160,14 @@ def query_gradient(
     KEYS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """A tile's gradient of q over a part of its keys; the grid of `forward`."""
-    tile = tl.num_programs(0) // PARTS - 1 - tl.program_id(0) // PARTS
+    """A tile's gradient of q over a part of its keys; grid and `bounds` as of `forward`."""
+    tiles = tl.num_programs(0) // PARTS
+    tile = tiles - 1 - tl.program_id(0) // PARTS
     part = tl.program_id(0) % PARTS
     batch = tl.program_id(1) // N
     head = tl.program_id(1) % N
+    about = bounds + (batch * tiles + tile) * 4
+    low, high, begin, stop, whole_from, whole_to = _steps_of_tile(about, part, KEYS, PARTS)
     token, place, present = _rows_of_tile(ROWS, N, G)
     token += tile * (ROWS // G)
     present = present & (token < T)
@@ -174,7 +180,6 @@ def query_gradient(
     q_tile = tl.load(q + first_row * D + elements, mask=sees[:, None], other=0.0)
     do_tile = tl.load(do + first_row * D + elements, mask=sees[:, None], other=0.0)
     shift, row_delta = _row_terms(lse, delta, first_row, place, sees)
-    low, high, begin, stop, whole_from, whole_to = _steps_of_tile(end, present, part, KEYS, WINDOW, PARTS)
 
     index = tl.arange(0, KEYS)
     key_elements = index[:, None] * (N * D) + tl.arange(0, D)[None, :]
