@@ -73,7 +73,6 @@ FORWARD = (
     (TileConfig(16, 8, 3), None),
     (TileConfig(8, 4, 2), None),
     (TileConfig(8, 4, 3), None),
-    (TileConfig(16, 8, 2, step=2), None),
     (TileConfig(16, 8, 2), 128),
     (TileConfig(8, 4, 2), 168),
 )
@@ -221,9 +220,8 @@ def shaped(queries: int) -> tuple[Any, ...]:
 
 def name_of(config: TileConfig | BlockConfig, most: int | None) -> str:
     """Of a configuration, for people."""
-    step = ", 2 blocks" if isinstance(config, TileConfig) and config.step == 2 else ""
     limit = f", {most} registers" if most else ""
-    return f"{config.tokens} tokens, {config.warps} warps, {config.stages} stages{step}{limit}"
+    return f"{config.tokens} tokens, {config.warps} warps, {config.stages} stages{limit}"
 
 
 def forward(queries: int, record: dict[str, Any], lock: Path) -> None:

@@ -14,9 +14,6 @@ from pallas_kernels.selected_attention.gpu_lists import BlockLists, TileLists, t
 from pallas_kernels.selected_attention.gpu_tiles import BLOCK
 from pallas_kernels.selected_attention.triton_config import Config, heuristic
 
-LAST_STAGES = 1
-"""Pipelining of the one or two last steps that are compared key by key."""
-
 
 def selected_attention(
     q: Float[ArrayLike, "B T N G D"],
@@ -87,9 +84,7 @@ def forward(
         num_warps=config.forward.warps,
         num_stages=config.forward.stages,
         TOKENS=config.forward.tokens,
-        STEP=config.forward.step,
         NUMBERS=pieces * width,
-        LAST_STAGES=LAST_STAGES,
         **triton_rule.sizes(q, k),
     )
 
@@ -118,7 +113,6 @@ def query_gradient(
         factor=q.shape[4] ** -0.5,
         TOKENS=config.dq.tokens,
         NUMBERS=pieces * width,
-        LAST_STAGES=LAST_STAGES,
         **triton_rule.sizes(q, k),
     )
     return dq
@@ -137,10 +131,8 @@ def key_gradients(
     """Runs the kernel of dk and dv."""
     from pallas_kernels.selected_attention import triton_kernels
 
-    constants = {"TOKENS": config.dkdv.tokens, "LAST_STAGES": LAST_STAGES}
-    return triton_rule.launch_key_gradients(
-        triton_kernels.key_gradients_kernel, config.dkdv, q, k, v, do, lse, delta, lists, **constants
-    )
+    kernel, tokens = triton_kernels.key_gradients_kernel, config.dkdv.tokens
+    return triton_rule.launch_key_gradients(kernel, config.dkdv, q, k, v, do, lse, delta, lists, TOKENS=tokens)
 
 
 _DESIGN = triton_rule.Design(work_lists, forward, query_gradient, key_gradients)

@@ -13,16 +13,14 @@ class TileConfig:
       tokens: of a tile, 8 rows each; in the token-major design 1, which has 16 rows.
       warps: of a program; four multiply 64 rows together.
       stages: of the loop's pipeline.
-      step: blocks of one step; 2 halves the waiting of warps for each other (forward alone).
     """
 
     tokens: int
     warps: int
     stages: int
-    step: int = 1
 
     def __post_init__(self):
-        if self.tokens not in (1, 8, 16) or self.stages < 1 or self.step not in (1, 2):
+        if self.tokens not in (1, 8, 16) or self.stages < 1:
             raise ValueError(f"{self} is no tile configuration, expected 1, 8 or 16 tokens and stages from 1")
 
 

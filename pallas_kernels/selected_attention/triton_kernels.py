@@ -11,8 +11,9 @@ from pallas_kernels.selected_attention.triton_rows import (
     HIDDEN,
     ROWS,
     first_key,
+    first_row,
     key_offsets,
-    query_rows,
+    row_offsets,
     shift_of,
     soften,
     store_attention,
@@ -26,32 +27,6 @@ def _causal(s, block, start, token):
     """Hides the keys of the block that come after the row's token, counted from the tile's first at `start`."""
     key = tl.arange(0, BLOCK)[None, :] + (block * BLOCK - start)
     return tl.where(key <= token[:, None], s, -HIDDEN)
-
-
-@triton.jit
-@no_type_check
-def _attend(
-    carry_acc,
-    carry_top,
-    carry_total,
-    block,
-    mask,
-    q_tile,
-    k_block,
-    v_block,
-    start,
-    token,
-    scale: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
-    s = tl.dot(q_tile, tl.trans(k_block))
-    if CAUSAL:
-        s = _causal(s, block, start, token)
-    seen = ((mask >> token) & 1) != 0
-    p, top, rescale = soften(s, seen, carry_top, scale)
-    total = carry_total * rescale + tl.sum(p, axis=1)
-    acc = tl.dot(p.to(v_block.dtype), v_block, carry_acc * rescale[:, None])
-    return acc, top, total
 
 
 @triton.jit
@@ -72,13 +47,10 @@ def forward_kernel(
     SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
     NUMBERS: tl.constexpr,
-    STEP: tl.constexpr,
-    LAST_STAGES: tl.constexpr,
 ):
     """A program per tile of TOKENS queries of one KV head: the union of their blocks, read once.
 
-    `scale` is that of logits to the base of 2; NUMBERS are a tile's in `entries`; LAST_STAGES is the pipelining of the
-    last blocks, which are compared key by key.
+    `scale` is that of logits to the base of 2; NUMBERS are a tile's in `entries`.
     """
     row = tl.program_id(1)
     tile = row.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
@@ -89,7 +61,9 @@ def forward_kernel(
     r = tl.arange(0, TOKENS * ROWS)
     token, group_row = r // ROWS, r % ROWS
     query = tl.program_id(0) * TOKENS + token
-    places = query_rows(row, query, group_row, QUERIES, HEADS, GROUP)
+    above = first_row(row, QUERIES, HEADS, GROUP)
+    q, o, lse = q + above * SIZE, o + above * SIZE, lse + above
+    places = row_offsets(query, group_row, HEADS, GROUP)
     channel = tl.arange(0, SIZE)[None, :]
     # What lies past the row's length may hold NaN.
     readable = (group_row < GROUP) & (query <= last)
@@ -102,72 +76,19 @@ def forward_kernel(
     total = tl.zeros((TOKENS * ROWS,), tl.float32)
     # An entry is read one step ahead of its block, so that the block's copy never waits for its index.
     block, mask = tl.load(entry), tl.load(entry + 1)
-    first = 0
-    if STEP == 2:
-        first = whole // 2 * 2
-        key = tl.arange(0, 2 * BLOCK)
-        pair = (key % BLOCK)[:, None] * (HEADS * SIZE) + channel
-        second = tl.minimum(1, count - 1)
-        block_2, mask_2 = tl.load(entry + 2 * second), tl.load(entry + 2 * second + 1)
-        for i in tl.range(0, whole // 2):
-            blocks = tl.where(key < BLOCK, block, block_2).to(tl.int64)[:, None]
-            at = base + blocks * (BLOCK * HEADS * SIZE) + pair
-            k_pair, v_pair = tl.load(k + at), tl.load(v + at)
-            s = tl.dot(q_tile, tl.trans(k_pair))
-            seen, seen_2 = ((mask >> token) & 1) != 0, ((mask_2 >> token) & 1) != 0
-            s = tl.where(tl.where((key < BLOCK)[None, :], seen[:, None], seen_2[:, None]), s, -HIDDEN)
-            p, top, rescale = soften(s, seen | seen_2, top, scale)
-            total = total * rescale + tl.sum(p, axis=1)
-            acc = tl.dot(p.to(v_pair.dtype), v_pair, acc * rescale[:, None])
-            following = entry + 2 * tl.minimum(2 * i + 2, count - 1)
-            block, mask = tl.load(following), tl.load(following + 1)
-            following = entry + 2 * tl.minimum(2 * i + 3, count - 1)
-            block_2, mask_2 = tl.load(following), tl.load(following + 1)
-    else:
-        first = whole
-        for i in tl.range(0, whole):
-            at = base + block.to(tl.int64) * (BLOCK * HEADS * SIZE)
-            k_block, v_block = tl.load(k + at + offsets), tl.load(v + at + offsets)
-            acc, top, total = _attend(
-                acc, top, total, block, mask, q_tile, k_block, v_block, start, token, scale, CAUSAL=False
-            )
-            following = entry + 2 * tl.minimum(i + 1, count - 1)
-            block, mask = tl.load(following), tl.load(following + 1)
-    for i in tl.range(first, count, num_stages=LAST_STAGES):
+    for i in tl.range(0, count):
         at = base + block.to(tl.int64) * (BLOCK * HEADS * SIZE)
         k_block, v_block = tl.load(k + at + offsets), tl.load(v + at + offsets)
-        acc, top, total = _attend(
-            acc, top, total, block, mask, q_tile, k_block, v_block, start, token, scale, CAUSAL=True
-        )
+        s = tl.dot(q_tile, tl.trans(k_block))
+        if i >= whole:
+            s = _causal(s, block, start, token)
+        seen = ((mask >> token) & 1) != 0
+        p, top, rescale = soften(s, seen, top, scale)
+        total = total * rescale + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(v_block.dtype), v_block, acc * rescale[:, None])
         following = entry + 2 * tl.minimum(i + 1, count - 1)
         block, mask = tl.load(following), tl.load(following + 1)
     store_attention(o, lse, places, (group_row < GROUP) & (query < QUERIES), acc, top, total, SIZE)
-
-
-@triton.jit
-@no_type_check
-def _add_query_gradient(
-    dq,
-    block,
-    mask,
-    q_tile,
-    do_tile,
-    k_block,
-    v_block,
-    shift,
-    delta,
-    start,
-    token,
-    scale: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
-    s = tl.dot(q_tile, tl.trans(k_block))
-    dp = tl.dot(do_tile, tl.trans(v_block))
-    if CAUSAL:
-        s = _causal(s, block, start, token)
-    row_shift = tl.where(((mask >> token) & 1) != 0, shift, HIDDEN)
-    ds = tl.exp2(s * scale - row_shift[:, None]) * (dp - delta[:, None])
-    return tl.dot(ds.to(k_block.dtype), k_block, dq)
 
 
 @triton.jit
@@ -191,7 +112,6 @@ def query_gradient_kernel(
     SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
     NUMBERS: tl.constexpr,
-    LAST_STAGES: tl.constexpr,
 ):
     """The forward's walk with the probabilities from the log-sum-exp; `factor` is that of the logits."""
     row = tl.program_id(1)
@@ -203,7 +123,10 @@ def query_gradient_kernel(
     r = tl.arange(0, TOKENS * ROWS)
     token, group_row = r // ROWS, r % ROWS
     query = tl.program_id(0) * TOKENS + token
-    places = query_rows(row, query, group_row, QUERIES, HEADS, GROUP)
+    above = first_row(row, QUERIES, HEADS, GROUP)
+    q, do, dq = q + above * SIZE, do + above * SIZE, dq + above * SIZE
+    lse, delta = lse + above, delta + above
+    places = row_offsets(query, group_row, HEADS, GROUP)
     pointers = places[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     readable = (group_row < GROUP) & (query <= last)
     q_tile = tl.load(q + pointers, mask=readable[:, None], other=0.0)
@@ -215,67 +138,22 @@ def query_gradient_kernel(
     offsets = key_offsets(HEADS, SIZE)
     acc = tl.zeros((TOKENS * ROWS, SIZE), tl.float32)
     block, mask = tl.load(entry), tl.load(entry + 1)
-    for i in tl.range(0, whole):
+    for i in tl.range(0, count):
         at = base + block.to(tl.int64) * (BLOCK * HEADS * SIZE)
         k_block, v_block = tl.load(k + at + offsets), tl.load(v + at + offsets)
-        acc = _add_query_gradient(
-            acc, block, mask, q_tile, do_tile, k_block, v_block, shift, row_delta, start, token, scale, CAUSAL=False
-        )
-        following = entry + 2 * tl.minimum(i + 1, count - 1)
-        block, mask = tl.load(following), tl.load(following + 1)
-    for i in tl.range(whole, count, num_stages=LAST_STAGES):
-        at = base + block.to(tl.int64) * (BLOCK * HEADS * SIZE)
-        k_block, v_block = tl.load(k + at + offsets), tl.load(v + at + offsets)
-        acc = _add_query_gradient(
-            acc, block, mask, q_tile, do_tile, k_block, v_block, shift, row_delta, start, token, scale, CAUSAL=True
-        )
+        s = tl.dot(q_tile, tl.trans(k_block))
+        dp = tl.dot(do_tile, tl.trans(v_block))
+        if i >= whole:
+            s = _causal(s, block, start, token)
+        row_shift = tl.where(((mask >> token) & 1) != 0, shift, HIDDEN)
+        ds = tl.exp2(s * scale - row_shift[:, None]) * (dp - row_delta[:, None])
+        acc = tl.dot(ds.to(k_block.dtype), k_block, acc)
         following = entry + 2 * tl.minimum(i + 1, count - 1)
         block, mask = tl.load(following), tl.load(following + 1)
     # The cotangent of a query without keys may be NaN.
     gradient = tl.where((shift >= HIDDEN)[:, None], 0.0, acc * factor)
     written = (group_row < GROUP) & (query < QUERIES)
     tl.store(dq + pointers, gradient.to(dq.dtype.element_ty), mask=written[:, None])
-
-
-@triton.jit
-@no_type_check
-def _add_key_gradients(
-    dk,
-    dv,
-    k_block,
-    v_block,
-    q,
-    do,
-    lse,
-    delta,
-    row,
-    token,
-    there,
-    origin,
-    scale: tl.constexpr,
-    QUERIES: tl.constexpr,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SIZE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
-    group_row = tl.arange(0, TOKENS * ROWS) % ROWS
-    places = query_rows(row, token, group_row, QUERIES, HEADS, GROUP)
-    pointers = places[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-    readable = there & (group_row < GROUP)
-    q_tile = tl.load(q + pointers, mask=readable[:, None], other=0.0)
-    do_tile = tl.load(do + pointers, mask=readable[:, None], other=0.0)
-    shift = shift_of(tl.load(lse + places, mask=readable, other=EMPTY))
-    row_delta = tl.load(delta + places, mask=readable, other=0.0)
-    s = tl.dot(k_block, tl.trans(q_tile))
-    if CAUSAL:
-        s = tl.where(tl.arange(0, BLOCK)[:, None] <= (token - origin)[None, :], s, -HIDDEN)
-    p = tl.exp2(s * scale - shift[None, :])
-    dv = tl.dot(p.to(do_tile.dtype), do_tile, dv)
-    dp = tl.dot(v_block, tl.trans(do_tile))
-    ds = p * (dp - row_delta[None, :])
-    return tl.dot(ds.to(q_tile.dtype), q_tile, dk), dv
 
 
 @triton.jit
@@ -301,7 +179,6 @@ def key_gradients_kernel(
     GROUP: tl.constexpr,
     SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
-    LAST_STAGES: tl.constexpr,
 ):
     """A program per part of a block's list: gathers TOKENS of its queries at a time, so that no product is wasted."""
     item = items + tl.program_id(0) * 7
@@ -311,63 +188,34 @@ def key_gradients_kernel(
         slot, origin = tl.load(item + 5), tl.load(item + 6)
         base = first_key(row, KEYS, HEADS, SIZE) + block.to(tl.int64) * (BLOCK * HEADS * SIZE)
         offsets = key_offsets(HEADS, SIZE)
+        above = first_row(row, QUERIES, HEADS, GROUP)
+        q_row, do_row, lse_row, delta_row = q + above * SIZE, do + above * SIZE, lse + above, delta + above
         k_block, v_block = tl.load(k + base + offsets), tl.load(v + base + offsets)
 
         dk_sum = tl.zeros((BLOCK, SIZE), tl.float32)
         dv_sum = tl.zeros((BLOCK, SIZE), tl.float32)
         steps = (end - begin + TOKENS - 1) // TOKENS
         in_part = (tl.minimum(tl.maximum(partial_end - begin, 0), end - begin) + TOKENS - 1) // TOKENS
-        ahead = begin + tl.arange(0, TOKENS * ROWS) // ROWS
+        r = tl.arange(0, TOKENS * ROWS)
+        ahead, group_row = begin + r // ROWS, r % ROWS
         # Tokens are read one step ahead of their rows, as entries are in the kernels over tiles.
         token = tl.load(tokens + ahead, mask=ahead < end, other=0)
-        for i in tl.range(0, in_part, num_stages=LAST_STAGES):
-            there = ahead + i * TOKENS < end
-            dk_sum, dv_sum = _add_key_gradients(
-                dk_sum,
-                dv_sum,
-                k_block,
-                v_block,
-                q,
-                do,
-                lse,
-                delta,
-                row,
-                token,
-                there,
-                origin,
-                scale,
-                QUERIES,
-                HEADS,
-                GROUP,
-                SIZE,
-                TOKENS,
-                CAUSAL=True,
-            )
-            following = ahead + (i + 1) * TOKENS
-            token = tl.load(tokens + following, mask=following < end, other=0)
-        for i in tl.range(in_part, steps):
-            there = ahead + i * TOKENS < end
-            dk_sum, dv_sum = _add_key_gradients(
-                dk_sum,
-                dv_sum,
-                k_block,
-                v_block,
-                q,
-                do,
-                lse,
-                delta,
-                row,
-                token,
-                there,
-                origin,
-                scale,
-                QUERIES,
-                HEADS,
-                GROUP,
-                SIZE,
-                TOKENS,
-                CAUSAL=False,
-            )
+        for i in tl.range(0, steps):
+            readable = (ahead + i * TOKENS < end) & (group_row < GROUP)
+            places = row_offsets(token, group_row, HEADS, GROUP)
+            pointers = places[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+            q_tile = tl.load(q_row + pointers, mask=readable[:, None], other=0.0)
+            do_tile = tl.load(do_row + pointers, mask=readable[:, None], other=0.0)
+            shift = shift_of(tl.load(lse_row + places, mask=readable, other=EMPTY))
+            row_delta = tl.load(delta_row + places, mask=readable, other=0.0)
+            s = tl.dot(k_block, tl.trans(q_tile))
+            if i < in_part:
+                s = tl.where(tl.arange(0, BLOCK)[:, None] <= (token - origin)[None, :], s, -HIDDEN)
+            p = tl.exp2(s * scale - shift[None, :])
+            dv_sum = tl.dot(p.to(do_tile.dtype), do_tile, dv_sum)
+            dp = tl.dot(v_block, tl.trans(do_tile))
+            ds = p * (dp - row_delta[None, :])
+            dk_sum = tl.dot(ds.to(q_tile.dtype), q_tile, dk_sum)
             following = ahead + (i + 1) * TOKENS
             token = tl.load(tokens + following, mask=following < end, other=0)
         store_key_gradients(dk, dv, dk_parts, dv_parts, dk_sum * factor, dv_sum, base, slot, HEADS, SIZE)

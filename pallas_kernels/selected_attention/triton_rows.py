@@ -21,10 +21,17 @@ LN_2 = tl.constexpr(1 / gpu.LOG2_E)
 
 @triton.jit
 @no_type_check
-def query_rows(row, token, group_row, QUERIES: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr):
-    """Where the rows (token, group_row) of row = b x N + n lie among the rows of [B, T, N, G], in 64 bits."""
+def first_row(row, QUERIES: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr):
+    """Where row = b x N + n begins among the rows of [B, T, N, G], in 64 bits."""
     b, n = (row // HEADS).to(tl.int64), row % HEADS
-    return ((b * QUERIES + token) * HEADS + n) * GROUP + group_row
+    return (b * QUERIES * HEADS + n) * GROUP
+
+
+@triton.jit
+@no_type_check
+def row_offsets(token, group_row, HEADS: tl.constexpr, GROUP: tl.constexpr):
+    """Where the rows (token, group_row) lie from `first_row` on."""
+    return token * (HEADS * GROUP) + group_row
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,9 @@ from pallas_kernels.selected_attention.gpu_tiles import BLOCK
 from pallas_kernels.selected_attention.mosaic_gpu import SAVED, whole_blocks
 from pallas_kernels.selected_attention.mosaic_gpu_backward import with_parts
 from pallas_kernels.selected_attention.triton_config import BlockConfig, Config
+
+MOST = 2**31
+"""Elements of one batch row: the kernels count within one in 32 bits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,10 @@ def attend(
     triton_calls.check_covered(q.dtype, *q.shape[3:])
     if block_size != BLOCK:
         raise NotImplementedError(f"the Triton kernel takes block_size {BLOCK}, not {block_size}")
+    if math.prod(q.shape[1:]) >= MOST or math.prod(k.shape[1:]) >= MOST:
+        raise NotImplementedError(
+            f"the Triton kernel takes rows of a batch below {MOST} elements, not q of {q.shape} and k of {k.shape}"
+        )
     if 0 in (*q.shape, *k.shape, block_indices.shape[3]):
         return jnp.zeros(q.shape, q.dtype), jnp.full(q.shape[:-1], EMPTY_LSE, jnp.float32)
     length = resolve_lengths(lengths, q.shape[0], k.shape[1])

@@ -10,8 +10,9 @@ from pallas_kernels.selected_attention.triton_rows import (
     EMPTY,
     HIDDEN,
     first_key,
+    first_row,
     key_offsets,
-    query_rows,
+    row_offsets,
     shift_of,
     store_attention,
     store_key_gradients,
@@ -43,7 +44,9 @@ def forward_kernel(
     query, row = tl.program_id(0), tl.program_id(1)
     group_row = tl.arange(0, PADDED)
     inside = group_row < GROUP
-    places = query_rows(row, query, group_row, QUERIES, HEADS, GROUP)
+    above = first_row(row, QUERIES, HEADS, GROUP)
+    q, o, lse = q + above * SIZE, o + above * SIZE, lse + above
+    places = row_offsets(query, group_row, HEADS, GROUP)
     pointers = places[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     q_tile = tl.load(q + pointers, mask=inside[:, None], other=0.0)
     position = query + tl.load(offset)
@@ -94,7 +97,10 @@ def query_gradient_kernel(
     query, row = tl.program_id(0), tl.program_id(1)
     group_row = tl.arange(0, PADDED)
     inside = group_row < GROUP
-    places = query_rows(row, query, group_row, QUERIES, HEADS, GROUP)
+    above = first_row(row, QUERIES, HEADS, GROUP)
+    q, do, dq = q + above * SIZE, do + above * SIZE, dq + above * SIZE
+    lse, delta = lse + above, delta + above
+    places = row_offsets(query, group_row, HEADS, GROUP)
     pointers = places[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     q_tile = tl.load(q + pointers, mask=inside[:, None], other=0.0)
     do_tile = tl.load(do + pointers, mask=inside[:, None], other=0.0)
@@ -150,6 +156,8 @@ def key_gradients_kernel(
         slot, origin = tl.load(item + 5), tl.load(item + 6)
         base = first_key(row, KEYS, HEADS, SIZE) + block.to(tl.int64) * (BLOCK * HEADS * SIZE)
         offsets = key_offsets(HEADS, SIZE)
+        above = first_row(row, QUERIES, HEADS, GROUP)
+        q_row, do_row, lse_row, delta_row = q + above * SIZE, do + above * SIZE, lse + above, delta + above
         k_block, v_block = tl.load(k + base + offsets), tl.load(v + base + offsets)
         group_row = tl.arange(0, PADDED)
         inside = group_row < GROUP
@@ -158,12 +166,12 @@ def key_gradients_kernel(
         dv_sum = tl.zeros((BLOCK, SIZE), tl.float32)
         for i in tl.range(begin, end):
             token = tl.load(tokens + i)
-            places = query_rows(row, token, group_row, QUERIES, HEADS, GROUP)
+            places = row_offsets(token, group_row, HEADS, GROUP)
             pointers = places[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-            q_tile = tl.load(q + pointers, mask=inside[:, None], other=0.0)
-            do_tile = tl.load(do + pointers, mask=inside[:, None], other=0.0)
-            shift = shift_of(tl.load(lse + places, mask=inside, other=EMPTY))
-            row_delta = tl.load(delta + places, mask=inside, other=0.0)
+            q_tile = tl.load(q_row + pointers, mask=inside[:, None], other=0.0)
+            do_tile = tl.load(do_row + pointers, mask=inside[:, None], other=0.0)
+            shift = shift_of(tl.load(lse_row + places, mask=inside, other=EMPTY))
+            row_delta = tl.load(delta_row + places, mask=inside, other=0.0)
             s = tl.where((key <= token - origin)[:, None], tl.dot(k_block, tl.trans(q_tile)) * scale, -HIDDEN)
             p = tl.exp2(s - shift[None, :])
             dv_sum = tl.dot(p.to(do_tile.dtype), do_tile, dv_sum)
