@@ -178,6 +178,26 @@ def key_gradients(name: str, tokens: int, configs: list[tuple[int, ...]]) -> Ite
         yield Case(label(rule.config.dkdv), run, arrays, expected)
 
 
+def operation(name: str, tokens: int) -> Iterator[Case]:
+    """An operation as it is called, forward and with its backward pass, in both languages."""
+    q, k, v, do, _, window = operands(name, tokens)
+    dlse = jnp.zeros(q.shape[:-1], jnp.float32)
+    options: dict[str, Any] = {"q_offset": 0, "lengths": None}
+    options |= {"block_size": BLOCK} if window is None else {"window_size": window}
+    modules = {
+        "compressed": (compressed_gpu.compressed_attention, compressed_triton.compressed_attention),
+        "window": (window_gpu.window_attention, window_triton.window_attention),
+    }
+    expected: Any = [None, None]
+    for language, attend in zip(("mosaic", "triton"), modules[name], strict=True):
+        attend = functools.partial(attend, **options)
+        forward, both = jax.jit(attend), jax.jit(with_gradients(attend))
+        if language == "mosaic":
+            expected = forward(q, k, v), both(q, k, v, do, dlse)
+        yield Case(f"{language}: forward", forward, (q, k, v), expected[0])
+        yield Case(f"{language}: forward + backward", both, (q, k, v, do, dlse), expected[1])
+
+
 def checks(name: str, dtype: Any, size: int) -> Iterator[Case]:
     """Output, log-sum-exp and gradients of ragged rows with NaN past them, later queries."""
     batch, queries, offset, lengths = 2, 700, 333, (1033, 601)
@@ -309,25 +329,11 @@ def whole(
         yield Case("mixed" if implementation is MIXED else implementation, run, arrays, expected)
 
 
-_FORWARD = [(64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2), (128, 32, 8, 3), (128, 64, 8, 3)]
-_DQ = [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (128, 32, 8, 3), (128, 64, 8, 2)]
-_DKDV = [
-    (64, 128, 8, 2, False),
-    (64, 64, 4, 2, False),
-    (64, 64, 4, 3, False),
-    (128, 64, 8, 2, False),
-    (64, 32, 4, 2, True),
-    (64, 32, 4, 3, True),
-    (128, 32, 8, 2, True),
-]
-_SELECTION = [
-    {},
-    {"tokens": 64, "columns": 128, "warps": 4, "stages": 2},
-    {"tokens": 64, "columns": 128, "warps": 4, "stages": 3},
-    {"tokens": 128, "columns": 64, "warps": 8, "stages": 3},
-    {"tokens": 64, "columns": 64, "warps": 4, "stages": 2},
-]
-_PARTS = [(*fields, 8 if fields[0] == 128 else 16) for fields in _DKDV]
+_FORWARD = [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3)]
+_DQ = [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3)]
+_DKDV = [(64, 128, 8, 2, False), (64, 64, 4, 2, False), (64, 32, 4, 3, True)]
+_SPLIT = [(*fields, 33) for fields in _DKDV] + [(*_DKDV[0], 16), (*_DKDV[0], 64)]
+_LENGTHS = (8192, 32768, 131072)
 
 TASKS: dict[str, Callable[[], Iterator[Case]]] = {
     "whole": lambda: whole(65536, False),
@@ -340,16 +346,19 @@ TASKS: dict[str, Callable[[], Iterator[Case]]] = {
     "check_selection": selection_checks,
     "compressed_forward": lambda: forward("compressed", 65536, _FORWARD),
     "compressed_dq": lambda: query_gradient("compressed", 65536, _DQ),
-    "compressed_dkdv": lambda: key_gradients("compressed", 65536, _PARTS),
+    "compressed_dkdv": lambda: key_gradients("compressed", 65536, _SPLIT),
     "window_forward": lambda: forward("window", 65536, _FORWARD),
     "window_dq": lambda: query_gradient("window", 65536, _DQ),
     "window_dkdv": lambda: key_gradients("window", 65536, _DKDV),
-    "text": lambda: forward("text", 131072, [(), (64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 3)]),
-    "decode": lambda: forward("decode", 131072, [(), (64, 64, 4, 4)]),
-    "selection": lambda: selection(65536, _SELECTION),
-    "selection_128K": lambda: selection(131072, _SELECTION[:2]),
-    "choosing": lambda: choosing(65536, (32, 64)),
+    "text": lambda: forward("text", 131072, [(), (64, 64, 4, 2)]),
+    "decode": lambda: forward("decode", 131072, [()]),
+    "selection": lambda: selection(65536, [{}, {"row_values": 64}]),
 }
+for _tokens in _LENGTHS:
+    TASKS[f"whole_{_tokens}"] = functools.partial(whole, _tokens, False, ("mosaic_gpu", "triton"))
+    TASKS[f"selection_{_tokens}"] = functools.partial(selection, _tokens, [{}])
+    for _name in ("compressed", "window"):
+        TASKS[f"{_name}_{_tokens}"] = functools.partial(operation, _name, _tokens)
 
 
 def error_of(case: Case, result: Any) -> float | list[float]:

@@ -122,7 +122,7 @@ def attend(
         triton_flash_kernels.forward,
         *(q, k, v, *_ends(config, q, visible, rule.window)),
         out_shapes=[_results(config.parts, q), jax.ShapeDtypeStruct((config.parts, *q.shape[:-1]), jnp.float32)],
-        **_query_grid(config, q),
+        **_query_options(config, q, k, visible),
         **_constants(rule, config, q, k),
     )
     if config.parts == 1:
@@ -177,7 +177,7 @@ def query_gradient(
         triton_flash_kernels.query_gradient,
         *(q, k, v, do, lse, delta, *_ends(config, q, visible, rule.window)),
         out_shapes=[_results(config.parts, q)],
-        **_query_grid(config, q),
+        **_query_options(config, q, k, visible),
         **_constants(rule, config, q, k),
     )
     return dq if config.parts == 1 else dq.sum(axis=0).astype(q.dtype)
@@ -249,10 +249,16 @@ def _tile_bounds(
     return bounds(end.reshape(end.shape[0], -1, tokens), window)
 
 
-def _query_grid(config: QueryConfig, q: jax.Array) -> dict[str, Any]:
+def _query_options(config: QueryConfig, q: jax.Array, k: jax.Array, visible: Visible) -> dict[str, Any]:
+    """Grid and options of a kernel whose tiles are queries."""
     batch, queries, heads, group, _ = q.shape
     tiles = -(-queries // (config.rows // group))
-    return {"grid": (tiles * config.parts, batch * heads), "num_warps": config.warps, "num_stages": config.stages}
+    return {
+        "grid": (tiles * config.parts, batch * heads),
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "BOUNDED": visible.key_length is not None or k.shape[1] % config.keys != 0,
+    }
 
 
 def _constants(rule: Rule, config: QueryConfig | KeyConfig, q: jax.Array, k: jax.Array) -> dict[str, Any]:

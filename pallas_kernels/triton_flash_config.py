@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from pallas_kernels.gpu_flash_config import split
+from pallas_kernels.gpu_flash_config import MULTIPROCESSORS, split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +70,17 @@ def heuristic(queries: int, keys: int, rows: int, group: int, window: int | None
     tokens = 64 // group
     reach = keys if window is None else min(keys, window + tokens)
     parts = split(rows * -(-queries // tokens), reach // 512)
-    key_parts = split(rows * -(-keys // 64), -(-queries // (128 // group)) if window is None else 1)
+    step = 64 if window is None else 32
     return Config(
-        forward=QueryConfig(64, 64, 4, 3, parts),
-        dq=QueryConfig(64, 64, 4, 2, parts),
-        dkdv=KeyConfig(64, 128, 8, 2, transposed=False, parts=key_parts),
+        forward=QueryConfig(64, step, 4, 3 if parts > 1 else 2, parts),
+        dq=QueryConfig(64, step, 4, 2 if window is None else 3, parts),
+        dkdv=KeyConfig(64, 128, 8, 2, transposed=False, parts=key_parts(queries, keys, rows, window)),
     )
+
+
+def key_parts(queries: int, keys: int, rows: int, window: int | None) -> int:
+    """Ways to split the queries, for few keys: some programs per multiprocessor, of 16 tiles of queries at least."""
+    if window is not None:
+        return 1
+    items = rows * -(-keys // 64)
+    return max(1, min(16 * MULTIPROCESSORS // items, queries // 256))

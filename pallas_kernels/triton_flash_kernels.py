@@ -53,13 +53,22 @@ def _visible(index, end, WINDOW: tl.constexpr):
 @triton.jit
 @no_type_check
 def _steps_of_tile(about, part, KEYS: tl.constexpr, PARTS: tl.constexpr):
-    """The first key that a tile sees, one past the last, its steps [begin, stop) and those that need no mask."""
-    low = tl.load(about)
+    """Where a tile's first step begins, one past its last key, its steps [begin, stop) and those that need no mask."""
+    low = tl.load(about) // KEYS * KEYS
     high = tl.load(about + 1)
     steps = tl.cdiv(tl.maximum(high - low, 0), KEYS)
     whole_from = tl.cdiv(tl.maximum(tl.load(about + 2) - low, 0), KEYS)
     whole_to = (tl.load(about + 3) - low) // KEYS
     return low, high, steps * part // PARTS, steps * (part + 1) // PARTS, whole_from, whole_to
+
+
+@triton.jit
+@no_type_check
+def _load_keys(pointers, there, BOUNDED: tl.constexpr):
+    """A step's keys or values; BOUNDED: those that are not there may hold NaN, or lie past the array."""
+    if BOUNDED:
+        return tl.load(pointers, mask=there, other=0.0)
+    return tl.load(pointers)
 
 
 @triton.jit
@@ -82,6 +91,7 @@ def forward(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     PARTS: tl.constexpr,
+    BOUNDED: tl.constexpr,
 ):
     """A tile's output and log-sum-exp over a part of its keys; grid (tiles x PARTS, B x N), the last tiles first.
 
@@ -111,24 +121,26 @@ def forward(
     keys_of = ((batch.to(tl.int64) * S + key) * N + head) * D
     acc = tl.zeros([ROWS, D], tl.float32)
     top = tl.full([ROWS], _EMPTY_LSE, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    # Sums stay apart within a thread's columns: they cross threads at the end only.
+    total = tl.zeros([ROWS, 8], tl.float32)
     for step in tl.range(begin, stop):
         there = (index < high - key)[:, None]
-        k_tile = tl.load(k + keys_of + key_elements, mask=there, other=0.0)
+        k_tile = _load_keys(k + keys_of + key_elements, there, BOUNDED)
         s = tl.dot(q_tile, tl.trans(k_tile))
         if (step < whole_from) | (step >= whole_to):
             s = tl.where(_visible(index[None, :], end[:, None] - key, WINDOW), s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, axis=1) * SCALE)
         p = tl.math.exp2(s * SCALE - new_top[:, None])
         rescale = tl.math.exp2(top - new_top)
-        total = total * rescale + tl.sum(p, axis=1)
+        total = total * rescale[:, None] + tl.sum(tl.reshape(p, [ROWS, KEYS // 8, 8]), axis=1)
         acc = acc * rescale[:, None]
-        v_tile = tl.load(v + keys_of + key_elements, mask=there, other=0.0)
+        v_tile = _load_keys(v + keys_of + key_elements, there, BOUNDED)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
         top = new_top
         key += KEYS
         keys_of += KEYS * N * D
 
+    total = tl.sum(total, axis=1)
     empty = total == 0.0
     divisor = tl.where(empty, 1.0, total)
     first_row += part * (tl.num_programs(1) // N).to(tl.int64) * (T * N * G)
@@ -159,6 +171,7 @@ def query_gradient(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     PARTS: tl.constexpr,
+    BOUNDED: tl.constexpr,
 ):
     """A tile's gradient of q over a part of its keys; grid and `bounds` as of `forward`."""
     tiles = tl.num_programs(0) // PARTS
@@ -188,8 +201,8 @@ def query_gradient(
     acc = tl.zeros([ROWS, D], tl.float32)
     for step in tl.range(begin, stop):
         there = (index < high - key)[:, None]
-        k_tile = tl.load(k + keys_of + key_elements, mask=there, other=0.0)
-        v_tile = tl.load(v + keys_of + key_elements, mask=there, other=0.0)
+        k_tile = _load_keys(k + keys_of + key_elements, there, BOUNDED)
+        v_tile = _load_keys(v + keys_of + key_elements, there, BOUNDED)
         p = tl.math.exp2(tl.dot(q_tile, tl.trans(k_tile)) * SCALE - shift[:, None])
         if (step < whole_from) | (step >= whole_to):
             p = tl.where(_visible(index[None, :], end[:, None] - key, WINDOW), p, 0.0)
@@ -229,14 +242,16 @@ def key_gradients(
     PARTS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
-    """The gradients of KEYS keys from a part of the queries; grid (key tiles x PARTS, B x N).
+    """The gradients of KEYS keys from a part of the queries; grid (PARTS x key tiles, B x N).
 
-    `tiles` [B, key tiles, 2] says which tiles of queries see them: from the first number up to the second. Transposed
-    products keep the probabilities in registers: S^T = K Q^T and dP^T = V dO^T are the left operands of dV += P^T dO
-    and dK += dS^T Q. The others need fewer registers, and P and dS pass through shared memory.
+    Programs that run at once walk over the same queries. `tiles` [B, key tiles, 2] says which tiles of queries see the
+    keys: from the first number up to the second. Transposed products keep the probabilities in registers: S^T = K Q^T
+    and dP^T = V dO^T are the left operands of dV += P^T dO and dK += dS^T Q. The others need fewer registers, and P and
+    dS pass through shared memory.
     """
-    key_tile = tl.program_id(0) // PARTS
-    part = tl.program_id(0) % PARTS
+    key_tiles = tl.num_programs(0) // PARTS
+    key_tile = tl.program_id(0) % key_tiles
+    part = tl.program_id(0) // key_tiles
     batch = tl.program_id(1) // N
     head = tl.program_id(1) % N
     index = tl.arange(0, KEYS)
@@ -247,13 +262,12 @@ def key_gradients(
     k_tile = tl.load(k + keys_of + elements, mask=valid[:, None], other=0.0)
     v_tile = tl.load(v + keys_of + elements, mask=valid[:, None], other=0.0)
 
-    about = tiles + (batch * (tl.num_programs(0) // PARTS) + key_tile) * 2
-    first = tl.load(about)
-    count = tl.load(about + 1) - first
-    begin = first + count * part // PARTS
-    stop = first + count * (part + 1) // PARTS
-
     tokens: tl.constexpr = ROWS // G
+    query_tiles: tl.constexpr = (T + tokens - 1) // tokens
+    about = tiles + (batch * key_tiles + key_tile) * 2
+    begin = tl.maximum(tl.load(about), query_tiles * part // PARTS)
+    stop = tl.minimum(tl.load(about + 1), query_tiles * (part + 1) // PARTS)
+
     token, place, present = _rows_of_tile(ROWS, N, G)
     row_elements = place[:, None] * D + tl.arange(0, D)[None, :]
     first_row = _first_row(batch, begin * tokens, head, T, N, G)

@@ -24,7 +24,7 @@ class Config:
     columns: int = 128
     warps: int = 4
     stages: int = 2
-    row_values: int = 64
+    row_values: int = 32
     variants: int = 4
     score_bytes: int = 1 << 29
 
