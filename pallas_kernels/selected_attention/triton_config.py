@@ -41,9 +41,9 @@ class BlockConfig:
     part: int
 
     def __post_init__(self):
-        if self.tokens not in (1, 8, 16) or self.stages < 1 or self.part < 1 or self.part % TOKENS:
+        if self.tokens not in (1, 4, 8, 16) or self.stages < 1 or self.part < 1 or self.part % TOKENS:
             raise ValueError(
-                f"{self} is no block configuration, expected 1, 8 or 16 tokens, stages from 1, part a multiple of 8"
+                f"{self} is no block configuration, expected 1, 4, 8 or 16 tokens, stages from 1, part a multiple of 8"
             )
 
 
@@ -75,9 +75,9 @@ def heuristic(queries: int, rows: int, head_dim: int) -> Config:
     """
     wide = head_dim > 64
     return Config(
-        forward=TileConfig(tokens=16, warps=8, stages=2 if wide else 3),
-        dq=TileConfig(tokens=16, warps=8, stages=2 if wide else 3),
-        dkdv=BlockConfig(tokens=8, warps=8, stages=2 if wide else 3, part=part_of(queries, rows)),
+        forward=TileConfig(tokens=8, warps=4, stages=3),
+        dq=TileConfig(tokens=8, warps=4, stages=2 if wide else 3),
+        dkdv=BlockConfig(tokens=8, warps=4, stages=2 if wide else 3, part=part_of(queries, rows)),
     )
 
 
