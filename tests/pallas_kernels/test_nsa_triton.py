@@ -11,8 +11,10 @@ from cases import Case
 
 from pallas_kernels import nsa_attention, nsa_gpu, nsa_triton, triton_calls
 
+pytest.importorskip("triton", reason="Triton comes with the extra 'gpu', for Linux on x86-64 alone")
 
-@pytest.mark.parametrize("own", [False, True])
+
+@pytest.mark.parametrize("own", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_kernels_together(own):
     """float16 and its kernels beside the float32 reference; queries and keys past the length hold NaN."""
     # With as many places as blocks every candidate is chosen.
