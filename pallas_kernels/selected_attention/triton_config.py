@@ -84,5 +84,5 @@ def heuristic(queries: int, rows: int, head_dim: int) -> Config:
 def token_major_heuristic(queries: int, rows: int, head_dim: int) -> Config:
     """As `heuristic`, for the token-major kernels."""
     del head_dim
-    tile = TileConfig(tokens=1, warps=4, stages=2)
-    return Config(tile, tile, BlockConfig(tokens=1, warps=4, stages=2, part=part_of(queries, rows)))
+    tile = TileConfig(tokens=1, warps=2, stages=2)
+    return Config(tile, tile, BlockConfig(tokens=1, warps=4, stages=3, part=part_of(queries, rows)))

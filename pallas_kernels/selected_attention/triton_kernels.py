@@ -93,6 +93,30 @@ def forward_kernel(
 
 @triton.jit
 @no_type_check
+def _add_to_dq(
+    dq,
+    q_tile,
+    do_tile,
+    k_block,
+    v_block,
+    shift,
+    delta,
+    block,
+    start,
+    token,
+    scale: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    s = tl.dot(q_tile, tl.trans(k_block))
+    dp = tl.dot(do_tile, tl.trans(v_block))
+    if CAUSAL:
+        s = _causal(s, block, start, token)
+    ds = tl.exp2(s * scale - shift[:, None]) * (dp - delta[:, None])
+    return tl.dot(ds.to(k_block.dtype), k_block, dq)
+
+
+@triton.jit
+@no_type_check
 def query_gradient_kernel(
     q,
     k,
@@ -138,22 +162,54 @@ def query_gradient_kernel(
     offsets = key_offsets(HEADS, SIZE)
     acc = tl.zeros((TOKENS * ROWS, SIZE), tl.float32)
     block, mask = tl.load(entry), tl.load(entry + 1)
-    for i in tl.range(0, count):
+    # A condition in one loop, as in the forward, costs registers here.
+    for i in tl.range(0, whole):
         at = base + block.to(tl.int64) * (BLOCK * HEADS * SIZE)
         k_block, v_block = tl.load(k + at + offsets), tl.load(v + at + offsets)
-        s = tl.dot(q_tile, tl.trans(k_block))
-        dp = tl.dot(do_tile, tl.trans(v_block))
-        if i >= whole:
-            s = _causal(s, block, start, token)
         row_shift = tl.where(((mask >> token) & 1) != 0, shift, HIDDEN)
-        ds = tl.exp2(s * scale - row_shift[:, None]) * (dp - row_delta[:, None])
-        acc = tl.dot(ds.to(k_block.dtype), k_block, acc)
+        acc = _add_to_dq(
+            acc, q_tile, do_tile, k_block, v_block, row_shift, row_delta, block, start, token, scale, CAUSAL=False
+        )
+        following = entry + 2 * tl.minimum(i + 1, count - 1)
+        block, mask = tl.load(following), tl.load(following + 1)
+    for i in tl.range(whole, count, num_stages=1):
+        at = base + block.to(tl.int64) * (BLOCK * HEADS * SIZE)
+        k_block, v_block = tl.load(k + at + offsets), tl.load(v + at + offsets)
+        row_shift = tl.where(((mask >> token) & 1) != 0, shift, HIDDEN)
+        acc = _add_to_dq(
+            acc, q_tile, do_tile, k_block, v_block, row_shift, row_delta, block, start, token, scale, CAUSAL=True
+        )
         following = entry + 2 * tl.minimum(i + 1, count - 1)
         block, mask = tl.load(following), tl.load(following + 1)
     # The cotangent of a query without keys may be NaN.
     gradient = tl.where((shift >= HIDDEN)[:, None], 0.0, acc * factor)
     written = (group_row < GROUP) & (query < QUERIES)
     tl.store(dq + pointers, gradient.to(dq.dtype.element_ty), mask=written[:, None])
+
+
+@triton.jit
+@no_type_check
+def _add_to_dk_dv(
+    dk,
+    dv,
+    q_tile,
+    do_tile,
+    k_block,
+    v_block,
+    shift,
+    delta,
+    last_key,
+    scale: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    s = tl.dot(k_block, tl.trans(q_tile))
+    if CAUSAL:
+        s = tl.where(tl.arange(0, BLOCK)[:, None] <= last_key[None, :], s, -HIDDEN)
+    p = tl.exp2(s * scale - shift[None, :])
+    dv = tl.dot(p.to(do_tile.dtype), do_tile, dv)
+    dp = tl.dot(v_block, tl.trans(do_tile))
+    ds = p * (dp - delta[None, :])
+    return tl.dot(ds.to(q_tile.dtype), q_tile, dk), dv
 
 
 @triton.jit
@@ -200,7 +256,7 @@ def key_gradients_kernel(
         ahead, group_row = begin + r // ROWS, r % ROWS
         # Tokens are read one step ahead of their rows, as entries are in the kernels over tiles.
         token = tl.load(tokens + ahead, mask=ahead < end, other=0)
-        for i in tl.range(0, steps):
+        for i in tl.range(0, in_part, num_stages=1):
             readable = (ahead + i * TOKENS < end) & (group_row < GROUP)
             places = row_offsets(token, group_row, HEADS, GROUP)
             pointers = places[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
@@ -208,14 +264,22 @@ def key_gradients_kernel(
             do_tile = tl.load(do_row + pointers, mask=readable[:, None], other=0.0)
             shift = shift_of(tl.load(lse_row + places, mask=readable, other=EMPTY))
             row_delta = tl.load(delta_row + places, mask=readable, other=0.0)
-            s = tl.dot(k_block, tl.trans(q_tile))
-            if i < in_part:
-                s = tl.where(tl.arange(0, BLOCK)[:, None] <= (token - origin)[None, :], s, -HIDDEN)
-            p = tl.exp2(s * scale - shift[None, :])
-            dv_sum = tl.dot(p.to(do_tile.dtype), do_tile, dv_sum)
-            dp = tl.dot(v_block, tl.trans(do_tile))
-            ds = p * (dp - row_delta[None, :])
-            dk_sum = tl.dot(ds.to(q_tile.dtype), q_tile, dk_sum)
+            dk_sum, dv_sum = _add_to_dk_dv(
+                dk_sum, dv_sum, q_tile, do_tile, k_block, v_block, shift, row_delta, token - origin, scale, CAUSAL=True
+            )
+            following = ahead + (i + 1) * TOKENS
+            token = tl.load(tokens + following, mask=following < end, other=0)
+        for i in tl.range(in_part, steps):
+            readable = (ahead + i * TOKENS < end) & (group_row < GROUP)
+            places = row_offsets(token, group_row, HEADS, GROUP)
+            pointers = places[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+            q_tile = tl.load(q_row + pointers, mask=readable[:, None], other=0.0)
+            do_tile = tl.load(do_row + pointers, mask=readable[:, None], other=0.0)
+            shift = shift_of(tl.load(lse_row + places, mask=readable, other=EMPTY))
+            row_delta = tl.load(delta_row + places, mask=readable, other=0.0)
+            dk_sum, dv_sum = _add_to_dk_dv(
+                dk_sum, dv_sum, q_tile, do_tile, k_block, v_block, shift, row_delta, token - origin, scale, CAUSAL=False
+            )
             following = ahead + (i + 1) * TOKENS
             token = tl.load(tokens + following, mask=following < end, other=0)
         store_key_gradients(dk, dv, dk_parts, dv_parts, dk_sum * factor, dv_sum, base, slot, HEADS, SIZE)
