@@ -211,7 +211,6 @@ def key_gradients(
         grid=(tiles.shape[1] * config.parts, batch * heads),
         num_warps=config.warps,
         num_stages=config.stages,
-        TRANSPOSED=config.transposed,
         **_constants(rule, config, q, k),
     )
     if config.parts > 1:

@@ -33,7 +33,6 @@ class KeyConfig:
       rows: of one step: as many tokens as fit with all heads of a KV head.
       warps: of a program.
       stages: steps in flight.
-      transposed: whether the products are; see `triton_flash_kernels.key_gradients`.
       parts: ways the queries are split, for few keys; float32 results of the parts are summed after the kernel.
     """
 
@@ -41,7 +40,6 @@ class KeyConfig:
     rows: int
     warps: int
     stages: int
-    transposed: bool
     parts: int = 1
 
 
@@ -70,17 +68,15 @@ def heuristic(queries: int, keys: int, rows: int, group: int, window: int | None
     tokens = 64 // group
     reach = keys if window is None else min(keys, window + tokens)
     parts = split(rows * -(-queries // tokens), reach // 512)
+    # A band is few steps: smaller ones waste fewer keys, and leave registers for a third program per multiprocessor.
     step = 64 if window is None else 32
     return Config(
-        forward=QueryConfig(64, step, 4, 3 if parts > 1 else 2, parts),
+        forward=QueryConfig(64, step, 4, 3, parts),
         dq=QueryConfig(64, step, 4, 2 if window is None else 3, parts),
-        dkdv=KeyConfig(64, 128, 8, 2, transposed=False, parts=key_parts(queries, keys, rows, window)),
+        dkdv=KeyConfig(64, 128, 8, 2, key_parts(queries, keys, rows) if window is None else 1),
     )
 
 
-def key_parts(queries: int, keys: int, rows: int, window: int | None) -> int:
-    """Ways to split the queries, for few keys: some programs per multiprocessor, of 16 tiles of queries at least."""
-    if window is not None:
-        return 1
-    items = rows * -(-keys // 64)
-    return max(1, min(16 * MULTIPROCESSORS // items, queries // 256))
+def key_parts(queries: int, keys: int, rows: int) -> int:
+    """Ways to split the queries, for few keys: many programs per multiprocessor, each of some tiles of queries."""
+    return max(1, min(32 * MULTIPROCESSORS // (rows * -(-keys // 64)), queries // 256))

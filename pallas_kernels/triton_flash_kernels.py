@@ -240,14 +240,12 @@ def key_gradients(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     PARTS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
 ):
     """The gradients of KEYS keys from a part of the queries; grid (PARTS x key tiles, B x N).
 
     Programs that run at once walk over the same queries. `tiles` [B, key tiles, 2] says which tiles of queries see the
-    keys: from the first number up to the second. Transposed products keep the probabilities in registers: S^T = K Q^T
-    and dP^T = V dO^T are the left operands of dV += P^T dO and dK += dS^T Q. The others need fewer registers, and P and
-    dS pass through shared memory.
+    keys: from the first number up to the second. P and dS pass through shared memory, transposed: with S^T = K Q^T they
+    would stay in registers, but so would a term of every row, and registers spill.
     """
     key_tiles = tl.num_programs(0) // PARTS
     key_tile = tl.program_id(0) % key_tiles
@@ -281,18 +279,11 @@ def key_gradients(
         q_tile = tl.load(q + first_row * D + row_elements, mask=there[:, None], other=0.0)
         do_tile = tl.load(do + first_row * D + row_elements, mask=there[:, None], other=0.0)
         shift, row_delta = _row_terms(lse, delta, first_row, place, there)
-        if TRANSPOSED:
-            p = tl.math.exp2(tl.dot(k_tile, tl.trans(q_tile)) * SCALE - shift[None, :])
-            p = tl.where(_visible(index[:, None], end[None, :] - origin, WINDOW), p, 0.0)
-            dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, dv_acc)
-            ds = p * (tl.dot(v_tile, tl.trans(do_tile)) - row_delta[None, :])
-            dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc)
-        else:
-            p = tl.math.exp2(tl.dot(q_tile, tl.trans(k_tile)) * SCALE - shift[:, None])
-            p = tl.where(_visible(index[None, :], end[:, None] - origin, WINDOW), p, 0.0)
-            dv_acc = tl.dot(tl.trans(p.to(do_tile.dtype)), do_tile, dv_acc)
-            ds = p * (tl.dot(do_tile, tl.trans(v_tile)) - row_delta[:, None])
-            dk_acc = tl.dot(tl.trans(ds.to(q_tile.dtype)), q_tile, dk_acc)
+        p = tl.math.exp2(tl.dot(q_tile, tl.trans(k_tile)) * SCALE - shift[:, None])
+        p = tl.where(_visible(index[None, :], end[:, None] - origin, WINDOW), p, 0.0)
+        dv_acc = tl.dot(tl.trans(p.to(do_tile.dtype)), do_tile, dv_acc)
+        ds = p * (tl.dot(do_tile, tl.trans(v_tile)) - row_delta[:, None])
+        dk_acc = tl.dot(tl.trans(ds.to(q_tile.dtype)), q_tile, dk_acc)
         first_row += tokens * N * G
 
     keys_of += part * (tl.num_programs(1) // N).to(tl.int64) * (S * N * D)

@@ -21,9 +21,9 @@ from pallas_kernels.window_attention import triton as window_triton
 pytest.importorskip("triton", reason="Triton comes with the extra 'gpu', for Linux on x86-64 alone")
 
 
-def small_config(parts=1, key_parts=1, transposed=False):
+def small_config(parts=1, key_parts=1):
     query = QueryConfig(rows=32, keys=16, warps=4, stages=2, parts=parts)
-    return Config(forward=query, dq=query, dkdv=KeyConfig(16, 32, 4, 2, transposed, key_parts))
+    return Config(forward=query, dq=query, dkdv=KeyConfig(16, 32, 4, 2, key_parts))
 
 
 def draw(shape, seed, dtype, end=None):
@@ -58,8 +58,7 @@ def compare(attend, reference, q, k, v, do, dlse):
         assert seen <= limit, f"{name} is off by {seen}"
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_window_of_ragged_rows_and_later_queries(transposed):
+def test_window_of_ragged_rows_and_later_queries():
     batch, queries, heads, group, size, keys, offset = 2, 21, 2, 7, 64, 70, 45
     lengths = (63, 49)
     past = np.asarray(lengths) - offset
@@ -69,7 +68,7 @@ def test_window_of_ragged_rows_and_later_queries(transposed):
     dlse = draw(rows[:-1], 4, jnp.float32, past)
     options = {"window_size": 19, "q_offset": jnp.int32(offset), "lengths": jnp.asarray(lengths, jnp.int32)}
     compare(
-        functools.partial(window_triton.window_attention, **options, config=small_config(transposed=transposed)),
+        functools.partial(window_triton.window_attention, **options, config=small_config()),
         functools.partial(window_reference.window_attention, **options),
         q,
         k,
@@ -190,7 +189,7 @@ def test_tiles_of_queries_hold_those_that_see_the_keys(window):
     end = np.clip(np.arange(queries) + 90, 0, keys)
     end[280:] = 0
     start = np.zeros_like(end) if window is None else np.maximum(end - window, 0)
-    config = KeyConfig(64, 128, 8, 2, False)
+    config = KeyConfig(64, 128, 8, 2)
     tiles = np.asarray(triton_flash.query_tiles(config, group, jnp.asarray(end, jnp.int32)[None], window, keys))[0]
     token = np.arange(queries)
     for origin, (first, last) in zip(range(0, keys, 64), tiles, strict=True):
