@@ -1,6 +1,6 @@
 """Interval attention in Triton: the kernels of the forward pass, of dq, and of dk and dv.
 
-A tile is as many tokens as fit ROWS rows with all heads of one KV head: 18 tokens of 7 heads are 126 of 128 rows. They
+A tile is as many tokens as fit ROWS rows with all heads of one KV head: 9 tokens of 7 heads are 63 of 64 rows. They
 share their keys, and a row's place in q is a constant of the tile. Import this module only where Triton is called.
 """
 
@@ -17,9 +17,9 @@ _HIDDEN = tl.constexpr(1e30)
 
 @triton.jit
 @no_type_check
-def _first_row(batch, token, head, TOKENS: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
+def _first_row(batch, token, head, T: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
     """Place of a token's first query head among all [B, T, N, G]: past 32 bits for long batches."""
-    return ((batch.to(tl.int64) * TOKENS + token) * N + head) * G
+    return ((batch.to(tl.int64) * T + token) * N + head) * G
 
 
 @triton.jit
