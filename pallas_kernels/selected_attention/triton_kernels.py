@@ -12,6 +12,7 @@ from pallas_kernels.selected_attention.triton_rows import (
     ROWS,
     first_key,
     first_row,
+    gathered_rows,
     key_offsets,
     row_offsets,
     shift_of,
@@ -162,7 +163,7 @@ def query_gradient_kernel(
     offsets = key_offsets(HEADS, SIZE)
     acc = tl.zeros((TOKENS * ROWS, SIZE), tl.float32)
     block, mask = tl.load(entry), tl.load(entry + 1)
-    # A condition in one loop, as in the forward, costs registers here.
+    # One loop with a condition, as in the forward, was slower here and for dk and dv.
     for i in tl.range(0, whole):
         at = base + block.to(tl.int64) * (BLOCK * HEADS * SIZE)
         k_block, v_block = tl.load(k + at + offsets), tl.load(v + at + offsets)
@@ -189,26 +190,42 @@ def query_gradient_kernel(
 
 @triton.jit
 @no_type_check
-def _add_to_dk_dv(
+def _add_key_gradients(
     dk,
     dv,
-    q_tile,
-    do_tile,
     k_block,
     v_block,
-    shift,
+    q,
+    do,
+    lse,
     delta,
-    last_key,
+    row,
+    token,
+    there,
+    origin,
     scale: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
+    group_row = tl.arange(0, TOKENS * ROWS) % ROWS
+    places = gathered_rows(row, token, group_row, QUERIES, HEADS, GROUP)
+    pointers = places[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    readable = there & (group_row < GROUP)
+    q_tile = tl.load(q + pointers, mask=readable[:, None], other=0.0)
+    do_tile = tl.load(do + pointers, mask=readable[:, None], other=0.0)
+    shift = shift_of(tl.load(lse + places, mask=readable, other=EMPTY))
+    row_delta = tl.load(delta + places, mask=readable, other=0.0)
     s = tl.dot(k_block, tl.trans(q_tile))
     if CAUSAL:
-        s = tl.where(tl.arange(0, BLOCK)[:, None] <= last_key[None, :], s, -HIDDEN)
+        s = tl.where(tl.arange(0, BLOCK)[:, None] <= (token - origin)[None, :], s, -HIDDEN)
     p = tl.exp2(s * scale - shift[None, :])
     dv = tl.dot(p.to(do_tile.dtype), do_tile, dv)
     dp = tl.dot(v_block, tl.trans(do_tile))
-    ds = p * (dp - delta[None, :])
+    ds = p * (dp - row_delta[None, :])
     return tl.dot(ds.to(q_tile.dtype), q_tile, dk), dv
 
 
@@ -244,41 +261,62 @@ def key_gradients_kernel(
         slot, origin = tl.load(item + 5), tl.load(item + 6)
         base = first_key(row, KEYS, HEADS, SIZE) + block.to(tl.int64) * (BLOCK * HEADS * SIZE)
         offsets = key_offsets(HEADS, SIZE)
-        above = first_row(row, QUERIES, HEADS, GROUP)
-        q_row, do_row, lse_row, delta_row = q + above * SIZE, do + above * SIZE, lse + above, delta + above
         k_block, v_block = tl.load(k + base + offsets), tl.load(v + base + offsets)
 
         dk_sum = tl.zeros((BLOCK, SIZE), tl.float32)
         dv_sum = tl.zeros((BLOCK, SIZE), tl.float32)
         steps = (end - begin + TOKENS - 1) // TOKENS
         in_part = (tl.minimum(tl.maximum(partial_end - begin, 0), end - begin) + TOKENS - 1) // TOKENS
-        r = tl.arange(0, TOKENS * ROWS)
-        ahead, group_row = begin + r // ROWS, r % ROWS
+        ahead = begin + tl.arange(0, TOKENS * ROWS) // ROWS
         # Tokens are read one step ahead of their rows, as entries are in the kernels over tiles.
         token = tl.load(tokens + ahead, mask=ahead < end, other=0)
         for i in tl.range(0, in_part, num_stages=1):
-            readable = (ahead + i * TOKENS < end) & (group_row < GROUP)
-            places = row_offsets(token, group_row, HEADS, GROUP)
-            pointers = places[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-            q_tile = tl.load(q_row + pointers, mask=readable[:, None], other=0.0)
-            do_tile = tl.load(do_row + pointers, mask=readable[:, None], other=0.0)
-            shift = shift_of(tl.load(lse_row + places, mask=readable, other=EMPTY))
-            row_delta = tl.load(delta_row + places, mask=readable, other=0.0)
-            dk_sum, dv_sum = _add_to_dk_dv(
-                dk_sum, dv_sum, q_tile, do_tile, k_block, v_block, shift, row_delta, token - origin, scale, CAUSAL=True
+            there = ahead + i * TOKENS < end
+            dk_sum, dv_sum = _add_key_gradients(
+                dk_sum,
+                dv_sum,
+                k_block,
+                v_block,
+                q,
+                do,
+                lse,
+                delta,
+                row,
+                token,
+                there,
+                origin,
+                scale,
+                QUERIES,
+                HEADS,
+                GROUP,
+                SIZE,
+                TOKENS,
+                CAUSAL=True,
             )
             following = ahead + (i + 1) * TOKENS
             token = tl.load(tokens + following, mask=following < end, other=0)
         for i in tl.range(in_part, steps):
-            readable = (ahead + i * TOKENS < end) & (group_row < GROUP)
-            places = row_offsets(token, group_row, HEADS, GROUP)
-            pointers = places[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-            q_tile = tl.load(q_row + pointers, mask=readable[:, None], other=0.0)
-            do_tile = tl.load(do_row + pointers, mask=readable[:, None], other=0.0)
-            shift = shift_of(tl.load(lse_row + places, mask=readable, other=EMPTY))
-            row_delta = tl.load(delta_row + places, mask=readable, other=0.0)
-            dk_sum, dv_sum = _add_to_dk_dv(
-                dk_sum, dv_sum, q_tile, do_tile, k_block, v_block, shift, row_delta, token - origin, scale, CAUSAL=False
+            there = ahead + i * TOKENS < end
+            dk_sum, dv_sum = _add_key_gradients(
+                dk_sum,
+                dv_sum,
+                k_block,
+                v_block,
+                q,
+                do,
+                lse,
+                delta,
+                row,
+                token,
+                there,
+                origin,
+                scale,
+                QUERIES,
+                HEADS,
+                GROUP,
+                SIZE,
+                TOKENS,
+                CAUSAL=False,
             )
             following = ahead + (i + 1) * TOKENS
             token = tl.load(tokens + following, mask=following < end, other=0)

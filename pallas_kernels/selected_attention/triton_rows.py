@@ -36,6 +36,14 @@ def row_offsets(token, group_row, HEADS: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def gathered_rows(row, token, group_row, QUERIES: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr):
+    """`first_row` and `row_offsets` together, in 64 bits: with 32 the loop that gathers spilled more."""
+    b, n = (row // HEADS).to(tl.int64), row % HEADS
+    return ((b * QUERIES + token) * HEADS + n) * GROUP + group_row
+
+
+@triton.jit
+@no_type_check
 def first_key(row, KEYS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr):
     """Where the first key of row = b x N + n lies in [B, S, N, D], in 64 bits."""
     b, n = (row // HEADS).to(tl.int64), row % HEADS

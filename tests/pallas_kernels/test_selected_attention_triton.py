@@ -116,6 +116,24 @@ def test_calls_that_the_kernels_do_not_cover_say_why(design, change, message):
         DESIGNS[design].selected_attention(q, k, k, index, block_size=sizes["block"], q_offset=0, lengths=None)
 
 
+def test_more_elements_than_32_bits_count_are_refused():
+    spec = dataclasses.replace(spec_of("7B, 128K"), queries=600_000, keys=600_000)
+    with pytest.raises(NotImplementedError, match=r"rows of a batch below 2147483648 elements, not q of \(1, 600000"):
+        launches_of("triton", spec)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TileConfig(tokens=12, warps=4, stages=2), "no tile configuration, expected 1, 8 or 16 tokens"),
+        (lambda: BlockConfig(tokens=8, warps=4, stages=2, part=12), "no block configuration, .* part a multiple of 8"),
+    ],
+)
+def test_configurations_that_no_kernel_runs_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 @pytest.mark.parametrize("design", DESIGNS)
 def test_another_device_is_named(design):
     q, k = jnp.zeros((1, 4, 1, 2, 64), jnp.bfloat16), jnp.zeros((1, 4, 1, 64), jnp.bfloat16)
