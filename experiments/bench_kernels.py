@@ -22,8 +22,6 @@ import dataclasses
 import fcntl
 import functools
 import importlib.util
-import json
-import os
 import subprocess
 import sys
 import time
@@ -34,17 +32,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import kernel_checks
+from experiments import kernel_checks, kernel_results
 from experiments.drawn_cases import trained_tensors, union_size
 from experiments.kernel_floors import Unions, floor
-from experiments.kernel_operations import OPERATIONS, Arrays, Operation
+from experiments.kernel_operations import DENSE_OF, OPERATIONS, Arrays, Operation
 from experiments.timing import median_ms, poison
 from pallas_kernels import block_means, block_selection, compressed_attention
 from pallas_kernels.specs import Spec
 from videonsa_jax.training.environment import environment
 
 PASSES = ("fwd", "fwdbwd")
-ON_GPU = ("mosaic_gpu", "cudnn_dense", "mosaic_dense")
+ON_GPU = ("mosaic_gpu", "triton", "triton_token_major", "cudnn_dense", "mosaic_dense")
 ELSEWHERE = ("xla", "xla_dense")
 GPU_LENGTHS, OTHER_LENGTHS = (8192, 16421, 16384, 32768, 65536, 131072), (256, 512)
 
@@ -88,10 +86,11 @@ def cases(name: str, length: int, options: argparse.Namespace) -> Iterator[Case]
     if not operation.chooses:
         yield Case(name, "", spec, drawn(None))
         return
-    for rho in options.rho + tuple(rho for at, rho in options.also if at == length):
+    further = tuple(rho for at, rho in options.also if at == length and name != "nsa_layer")
+    for rho in options.rho[:1] if name == "nsa_layer" else options.rho + further:
         inputs = drawn(rho)
         yield Case(name, f"rho {rho:g}", spec, inputs, _unions(spec, inputs[0][-1]))
-    if name == "nsa_attention":
+    if name == "nsa_attention" and not options.drawn_only:
         yield Case(name, "own", spec, drawn(None))
         if options.tensors:
             yield Case(name, "trained", spec, [trained_tensors(options.tensors, spec)])
@@ -169,7 +168,8 @@ def check(
         poison(*arrays, *jax.tree.leaves(do))
         o, gradients = compiled(arrays, do) if gradient else (compiled(*arrays), ())
         errors = kernel_checks.errors_of(operation, expected, o, gradients)
-    bounds = {"o": kernel_checks.FORWARD_BOUND, "choice": kernel_checks.CHOICE_BOUND}
+    biases = {f"d{i}": kernel_checks.BIAS_BOUND for i, x in enumerate(arrays) if x.ndim == 1}
+    bounds = {"o": kernel_checks.FORWARD_BOUND, "choice": kernel_checks.CHOICE_BOUND} | biases
     wrong = {n: e for n, e in errors.items() if not e <= bounds.get(n, kernel_checks.GRADIENT_BOUND)}
     if wrong:
         raise WrongValues(f"errors {wrong}")
@@ -298,19 +298,20 @@ def line(record: dict[str, Any]) -> str:
 
 
 def speedups(records: Sequence[dict[str, Any]]) -> list[str]:
-    """How many times as fast as the fastest dense attention the whole is, line by line."""
+    """How many times as fast as the fastest dense one the whole attention and the layer are, line by line."""
     timed = [record for record in records if "median_ms" in record]
     lines = []
     for record in timed:
         dense = [
             other["median_ms"]
             for other in timed
-            if other["operation"] == "dense_attention" and all(other[n] == record[n] for n in ("length", "pass"))
+            if other["operation"] == DENSE_OF.get(record["operation"])
+            and all(other[n] == record[n] for n in ("length", "pass"))
         ]
-        if record["operation"] == "nsa_attention" and dense:
-            what = " ".join(str(record[name]) for name in ("implementation", "choice", "pass"))
-            ms = record["median_ms"]
-            lines.append(f"{record['length']:7} {what}: {min(dense) / ms:.2f} times as fast as dense")
+        if dense:
+            what = " ".join(str(record[name]) for name in ("operation", "implementation", "choice", "pass"))
+            ratio = min(dense) / record["median_ms"]
+            lines.append(f"{record['length']:7} {what}: {ratio:.2f} times as fast as dense")
     return lines
 
 
@@ -362,6 +363,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--also", type=_places, default=(), metavar="T:RHO,...", help="further similarities at single lengths"
     )
+    parser.add_argument("--drawn-only", action="store_true", help="nsa_attention with drawn blocks only")
     parser.add_argument("--tensors", type=Path, metavar="NPZ", help="of experiments.measure_selection")
     parser.add_argument("--inputs", type=int, default=2, metavar="N", help="sets of arrays per case; default 2")
     parser.add_argument("--samples", type=int, default=5, metavar="N", help="samples per median; default 5")
@@ -388,9 +390,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def save(records: list[dict[str, Any]]) -> None:
         if options.json:
-            partial = options.json.with_suffix(".tmp")
-            partial.write_text(json.dumps(about | {"records": records}, indent=1) + "\n")
-            os.replace(partial, options.json)
+            kernel_results.write(about | {"records": records}, options.json)
 
     left_out = [name for name in (*ON_GPU, *ELSEWHERE) if name not in options.implementations]
     print(f"on {about['device']['kind']}; not asked for: {', '.join(left_out) or 'none'}\n{HEADER}")

@@ -19,6 +19,9 @@ ROWS = 32
 FORWARD_BOUND, GRADIENT_BOUND, CHOICE_BOUND = 1.5e-2, 2e-2, 1e-4
 """Relative norm errors of outputs and gradients in bfloat16; relative difference of importances that may swap."""
 
+BIAS_BOUND = 1e-1
+"""Of a bias' gradient, a sum over all tokens that nearly cancels: a softmax ignores what all keys share."""
+
 
 def sampled_starts(queries: int) -> tuple[int, ...]:
     """First queries of the samples, which do not overlap: the start, where no tile begins, the end."""

@@ -4,7 +4,7 @@
 
 Rates are measured: an 8192^3 bfloat16 product, a device-to-device copy, repeated reads of what fits the cache.
 With T queries, N KV heads of G query heads, D channels, M = T / s block means, pairs of (query, KV head, chosen block),
-U = 2 T N G D the bytes of the queries and K = 2 T N D those of the keys:
+H = N G D channels, U = 2 T N G D the bytes of the queries and K = 2 T N D those of the keys:
 
     operation               flops                        bytes             L2 bytes
     dense                   2 NG D T^2                   2 U + 2 K
@@ -15,8 +15,10 @@ U = 2 T N G D the bytes of the queries and K = 2 T N D those of the keys:
                             block of their union                           their union
     selected, dq            3/2 of the forward's         3 U + 2 K         the forward's
     selected, dk and dv     8 D 8 s per pair             2 U + 4 K         32 D + 64 per pair
+    layer, besides the      2 T H (2 H + 2 N D), with
+    attention               gates H + 3 N G more
     text queries (256), decode (1): 4 NG D S per query, 2 K; block means: 2 K; gated sum, row products, sum of three dq:
-    4 U each; a gradient: 5/2 of the flops, and the bytes of reading q and do twice
+    4 U each; a gradient: 5/2 of the flops (projections: 2 of them), and the bytes of reading q and do twice
 
 The block choice's other part, counting to find the n-th largest, takes about half as long again on the ALUs and is not
 in its floor.
@@ -93,6 +95,10 @@ def floor(operation: str, gradient: bool, spec: Spec, unions: Unions | None = No
         passes = of(0, 4 * rows)
         return _sum(passes, passes, passes) if gradient else passes
 
+    def projections(width: int) -> Floor:
+        hidden = heads * spec.head_dim
+        return of((3 if gradient else 1) * 2 * spec.batch * t * hidden * width, 0)
+
     def selected() -> Floor:
         if unions is None:
             raise ValueError(f"floor of {operation}: unions is None, expected how alike the choice is")
@@ -125,6 +131,11 @@ def floor(operation: str, gradient: bool, spec: Spec, unions: Unions | None = No
             return of(0, 4 * keys if gradient else 2 * keys)
         case "gated_sum":
             return elementwise()
+        case "dense_layer" | "nsa_layer":
+            attention_of = operation.replace("layer", "attention")
+            width = 2 * heads * spec.head_dim + 2 * spec.kv_heads * spec.head_dim
+            width += heads * spec.head_dim + 3 * heads if operation == "nsa_layer" else 0
+            return _sum(projections(width), floor(attention_of, gradient, spec, unions))
         case "nsa_attention":
             parts = ("block_means", "compressed_attention", "window_attention", "gated_sum")
             choice = floor("block_selection", False, spec)

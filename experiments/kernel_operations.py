@@ -1,6 +1,7 @@
 """What `experiments.bench_kernels` times: every operation as a function of arrays."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from experiments.drawn_cases import draw_choice
 from experiments.kernel_floors import TEXT_QUERIES
+from experiments.layer_operations import GATE_PARAMETERS, PARAMETERS, draw_layer, run_layer
 from pallas_kernels import (
     block_means,
     block_selection,
@@ -24,6 +26,15 @@ from pallas_kernels.specs import Spec
 
 DENSE = {"cudnn_dense": None, "mosaic_dense": "mosaic_gpu", "xla_dense": "xla", "reference": "reference"}
 """Implementations of dense attention: cuDNN's, and those of `prefix_attention`."""
+
+DENSE_OF = {"nsa_attention": "dense_attention", "nsa_layer": "dense_layer"}
+"""What stands beside NSA without it."""
+
+PARTS = ("compressed_attention", "block_selection", "selected_attention", "window_attention")
+"""Operations that `nsa_attention` is made of."""
+
+TOKEN_MAJOR = dict.fromkeys(PARTS, "triton") | {"selected_attention": "triton_token_major"}
+"""The whole with the selected attention of the published kernels."""
 
 Arrays = tuple[jax.Array, ...]
 
@@ -71,6 +82,15 @@ def _whole(spec: Spec, seed: int, choice: float | None) -> Arrays:
     return *spec.draw(seed), *(() if choice is None else (draw_choice(spec, choice, seed),))
 
 
+def _nsa_layer(spec: Spec, seed: int, choice: float | None) -> Arrays:
+    assert choice is not None, "a layer is timed with drawn blocks"
+    return *draw_layer(spec, seed, gated=True), draw_choice(spec, choice, seed)
+
+
+def _dense_layer(spec: Spec, seed: int, choice: float | None) -> Arrays:
+    return draw_layer(spec, seed, gated=False)
+
+
 def _few_queries(count: int) -> Callable[[Spec, int, float | None], Arrays]:
     def draw(spec: Spec, seed: int, choice: float | None) -> Arrays:
         _, k, v = _heads(spec, seed)
@@ -111,7 +131,8 @@ def _nsa(
     block_indices: jax.Array | None = None,
 ) -> Any:
     """With drawn blocks, the own choice is made all the same, and thrown away."""
-    options = spec.options | {"q_offset": q_offset, "implementation": implementation}
+    backend = TOKEN_MAJOR if implementation == "triton_token_major" else implementation
+    options = spec.options | {"q_offset": q_offset, "implementation": backend}
     choose_anyway = block_indices is not None and implementation != "reference"
     return nsa_attention(q, k, v, gate_logits, block_indices=block_indices, choose_anyway=choose_anyway, **options)
 
@@ -137,15 +158,33 @@ def _registered(operation: str) -> tuple[str, ...]:
     return tuple(name for name in registry.available(operation) if name != "reference")
 
 
-def _all_registered() -> tuple[str, ...]:
-    parts = ("compressed_attention", "block_selection", "selected_attention", "window_attention")
-    return tuple(name for name in _registered(parts[0]) if all(name in registry.available(part) for part in parts))
+def _whole_implementations() -> tuple[str, ...]:
+    names = [name for name in registry.NAMES if name != "reference"]
+    backends = {name: TOKEN_MAJOR if name == "triton_token_major" else dict.fromkeys(PARTS, name) for name in names}
+    return tuple(
+        name for name, backend in backends.items() if all(backend[part] in registry.available(part) for part in PARTS)
+    )
 
 
 OPERATIONS = {
-    "nsa_attention": Operation(_nsa, _whole, 4, (1, None, None, 1, 1), _all_registered(), chooses=True),
+    "nsa_attention": Operation(_nsa, _whole, 4, (1, None, None, 1, 1), _whole_implementations(), chooses=True),
     "dense_attention": Operation(
         _dense, lambda spec, seed, choice: _heads(spec, seed), 3, (1, None, None), tuple(DENSE)[:3]
+    ),
+    "nsa_layer": Operation(
+        functools.partial(run_layer, _nsa, True),
+        _nsa_layer,
+        2 + PARAMETERS + GATE_PARAMETERS,
+        (1, *[None] * (1 + PARAMETERS + GATE_PARAMETERS), 1),
+        _whole_implementations(),
+        chooses=True,
+    ),
+    "dense_layer": Operation(
+        functools.partial(run_layer, _dense, False),
+        _dense_layer,
+        2 + PARAMETERS,
+        (1, *[None] * (1 + PARAMETERS)),
+        tuple(DENSE)[:3],
     ),
     "selected_attention": Operation(
         _selected, _with_choice, 3, (1, None, None, 1), _registered("selected_attention"), chooses=True

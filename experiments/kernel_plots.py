@@ -8,7 +8,6 @@ made of) and OUT_speedup.png (the whole against dense attention, with the length
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -20,8 +19,10 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from experiments import kernel_results
+from experiments.kernel_operations import DENSE_OF, PARTS
+
 PASSES = {"fwd": "forward", "fwdbwd": "forward and backward"}
-PARTS = ("compressed_attention", "block_selection", "selected_attention", "window_attention")
 REST = "means, gates and sums"
 
 Records = Sequence[dict[str, Any]]
@@ -149,23 +150,22 @@ def crossover(lengths: Sequence[int], ratios: Sequence[float]) -> float | None:
 
 
 def draw_speedup(records: Records, path: Path) -> None:
-    """The fastest dense attention's time over the whole's."""
-    dense: dict[tuple[str, int], float] = {}
+    """The fastest dense one's time over that of NSA, of the attention and of the layer."""
+    dense: dict[tuple[str, str, int], float] = {}
     for record in records:
-        if record["operation"] == "dense_attention":
-            key = record["pass"], record["length"]
-            dense[key] = min(dense.get(key, math.inf), record["median_ms"])
-    whole = [
-        record
-        for record in records
-        if record["operation"] == "nsa_attention" and (record["pass"], record["length"]) in dense
-    ]
+        key = record["operation"], record["pass"], record["length"]
+        dense[key] = min(dense.get(key, math.inf), record["median_ms"])
+
+    def beside(record: dict[str, Any]) -> float | None:
+        return dense.get((DENSE_OF.get(record["operation"], ""), record["pass"], record["length"]))
+
+    whole = [record for record in records if beside(record)]
     figure, axes = _axes()
     labels = sorted({_label(record) for record in whole})
     for (name, label), line in _lines(whole).items():
         colour = f"C{labels.index(label) % 10}"
         lengths = [record["length"] for record in line]
-        ratios = [dense[name, record["length"]] / record["median_ms"] for record in line]
+        ratios = [beside(record) / record["median_ms"] for record in line]
         axes[name].plot(lengths, ratios, "o-", color=colour, label=label)
         place = crossover(lengths, ratios)
         if place is not None:
@@ -179,7 +179,7 @@ def draw_speedup(records: Records, path: Path) -> None:
         ax.axhline(1, color="black", lw=0.8)
         ax.set_yscale("log", base=2)
         ax.yaxis.set_major_formatter("{x:g}")
-        ax.set(ylabel="times as fast as the fastest dense attention")
+        ax.set(ylabel="times as fast as the fastest dense one")
     _legend(figure, axes)
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -216,19 +216,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("json", type=Path, nargs="+", metavar="JSON", help="written by experiments.bench_kernels")
     parser.add_argument("--merge", type=Path, metavar="FILE", help="write all records there; figures beside it")
     options = parser.parse_args(arguments)
-    results = []
-    for path in options.json:
-        try:
-            results.append(json.loads(path.read_text()))
-            results[-1]["records"]
-        except (OSError, json.JSONDecodeError, KeyError) as error:
-            print(f"error: {path}: no result of experiments.bench_kernels ({error!r})", file=sys.stderr)
-            return 2
-    records = [record for result in results for record in result["records"]]
+    try:
+        result = kernel_results.merged([kernel_results.read(path) for path in options.json])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if options.merge:
-        commands = [result["command"] for result in results]
-        options.merge.write_text(json.dumps(results[0] | {"command": commands, "records": records}, indent=1) + "\n")
-    for figure in draw(records, options.merge or options.json[0]):
+        kernel_results.write(result, options.merge)
+    for figure in draw(result["records"], options.merge or options.json[0]):
         print(figure)
     return 0
 

@@ -115,11 +115,10 @@ def nsa_attention(
     choice = {"block_count": block_count, "init_blocks": init_blocks, "local_blocks": local_blocks}
     choose = "selected" in branches and (block_indices is None or choose_anyway)
 
-    first_choices = {registry.first_choice(operation, implementation) for operation in _OPERATIONS}
+    first_choice = registry.first_choice_of_all("nsa_attention", _OPERATIONS, implementation)
     on_gpu = {"mosaic_gpu": (gpu.on_hopper, nsa_gpu.HOPPER), "triton": (triton_calls.on_nvidia, nsa_triton.TRITON)}
-    language = next(iter(first_choices)) if len(first_choices) == 1 else None
-    if language in on_gpu and nsa_gpu.covers(q, k, block_size, branches):
-        on_device, operations = on_gpu[language]
+    if first_choice in on_gpu and nsa_gpu.covers(q, k, block_size, branches):
+        on_device, operations = on_gpu[first_choice]
         # What it does not cover is left to the operations, which say so or fall back.
         with contextlib.suppress(NotImplementedError):
             return on_device(nsa_gpu.attention)(
@@ -144,7 +143,7 @@ def nsa_attention(
     if choose or "compressed" in branches:
         k_blocks, v_blocks = block_means(k, block_size), block_means(v, block_size)
 
-    if first_choices == {"mosaic_tpu"} and nsa_tpu.covers(q, k, block_size, branches) and not choose_anyway:
+    if first_choice == "mosaic_tpu" and nsa_tpu.covers(q, k, block_size, branches) and not choose_anyway:
         # As above.
         with contextlib.suppress(NotImplementedError):
             return nsa_tpu.attention(

@@ -5,10 +5,12 @@ device; a kernel says that it does not cover a case by raising NotImplementedErr
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import jax
+
+from pallas_kernels.measured_order import measured_order
 
 Name = Literal["xla", "reference", "mosaic_gpu", "mosaic_tpu", "triton", "triton_token_major"]
 Implementation = str | Mapping[str, str | None] | None
@@ -69,7 +71,8 @@ def call(operation: str, implementation: Implementation, *args: Any, **kwargs: A
     Args:
       operation: the operation's name.
       implementation: a name runs that implementation or raises. None runs the device's first choice that covers the
-        case, with one warning per process when that is not the first. A dict gives one of the two per operation;
+        case (the fastest measured, where the device is in `measured_order.json`), with one warning per process when
+        that is not the first. A dict gives one of the two per operation;
         an operation it leaves out gets None.
       *args: the operation's arrays.
       **kwargs: the operation's keyword arguments.
@@ -114,9 +117,33 @@ def first_choice(operation: str, implementation: Implementation) -> str:
     return name or _by_preference(operation)[0]
 
 
+def first_choice_of_all(whole: str, operations: Iterable[str], implementation: Implementation) -> str | None:
+    """The one implementation that all parts of a whole would try first, so that they may be fused.
+
+    Args:
+      whole: name under which the whole was measured; its own order counts where nothing is named.
+      operations: its parts.
+      implementation: as in `call`.
+
+    Returns:
+      Its name; None where the parts' differ.
+    """
+    measured = _measured(whole) if implementation is None else ()
+    choices = set(measured[:1]) or {first_choice(operation, implementation) for operation in operations}
+    return choices.pop() if len(choices) == 1 else None
+
+
+def _measured(operation: str) -> tuple[str, ...]:
+    return measured_order(jax.devices()[0].device_kind, operation)
+
+
 def _by_preference(operation: str) -> list[str]:
+    """What was measured on this device first; nothing after "xla", which covers everything."""
     names = _PREFERENCE.get(jax.default_backend(), ("xla",))
-    return [name for name in names if name in _registered[operation]]
+    measured = [name for name in _measured(operation) if name in names]
+    in_order = [*measured, *(name for name in names if name not in measured)]
+    available = [name for name in in_order if name in _registered[operation]]
+    return available[: available.index("xla") + 1]
 
 
 def _check_name(name: str) -> None:

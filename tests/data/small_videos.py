@@ -72,10 +72,15 @@ def write_tokenizer(path: Path) -> Path:
     return path
 
 
+def conversation(*values: str) -> list[dict]:
+    """Human and gpt entries in turn."""
+    return [{"from": ("human", "gpt")[place % 2], "value": value} for place, value in enumerate(values)]
+
+
 def record(video: str = "a.mp4", question: str = "What colour?", reply: str = "red", **fields: object) -> dict:
     """A LLaVA-Video style record."""
-    conversation = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": reply}]
-    return {"id": f"{video}-{question}", "video": video, "conversations": conversation} | fields
+    entries = conversation(f"<image>\n{question}", reply)
+    return {"id": f"{video}-{question}", "video": video, "conversations": entries} | fields
 
 
 def write_records(path: Path, records: Sequence[object]) -> Path:

@@ -19,7 +19,8 @@ from videonsa_jax.data.examples import (
     pad_and_stack,
 )
 from videonsa_jax.data.frames import VideoError, frames_to_patches
-from videonsa_jax.data.sources import build_index, read_records
+from videonsa_jax.data.records import read_records
+from videonsa_jax.data.sources import build_index
 from videonsa_jax.data.video import decode_video
 from videonsa_jax.streams import Visual, split_streams
 

@@ -136,6 +136,53 @@ def test_a_keyframe_shown_later_than_its_index_says(tmp_path, monkeypatch, at):
     assert len(sought) > 2
 
 
+def moving_texture(count, height=64, width=96, seed=0):
+    """Frames that are predicted from each other: a crop that wanders over smooth noise."""
+    rng = np.random.default_rng(seed)
+    noise = Image.fromarray(rng.integers(0, 255, (24, 36, 3), np.uint8)).resize((width + 64, height + 64))
+    places = (32 + 31 * np.sin(np.arange(count)[:, None] / (5.0, 7.0))).astype(int)
+    return np.stack([np.asarray(noise)[y : y + height, x : x + width] for y, x in places])
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        "bframes=3:b-adapt=0",
+        "bframes=3:b-pyramid=none:keyint=20",
+        "bframes=16:b-adapt=0:ref=4",
+        "bframes=2:open-gop=1:keyint=9:min-keyint=9:scenecut=0",
+        "bframes=3:interlaced=1",
+        "bframes=0",
+    ],
+)
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".h264"])
+def test_frames_nobody_asked_for_change_nothing(tmp_path, monkeypatch, suffix, params):
+    options = {"preset": "medium", "qp": "25", "x264-params": params}
+    path = write_video(tmp_path / f"a{suffix}", moving_texture(90), rate=30, options=options)
+    for fps, start in ((4.0, 0), (7.3, 1), (30.0, 2)):
+        expected = VideoInfo(96, 64, 3.0 - 0.2 * start)
+        sampled = decode(path, fps=fps, expected=None if suffix == ".mp4" else expected).frames
+        with monkeypatch.context() as patch:
+            patch.setattr(video._Reader, "_packets", lambda reader: ((p, True) for p in reader.container.demux(0)))
+            every = decode(path, fps=fps, expected=None if suffix == ".mp4" else expected).frames
+        np.testing.assert_array_equal(sampled, every)
+
+
+def test_frames_nobody_asked_for_are_not_decoded(tmp_path, monkeypatch):
+    options = {"preset": "medium", "qp": "25", "x264-params": "bframes=3:b-adapt=0:b-pyramid=none"}
+    path = write_video(tmp_path / "a.mp4", moving_texture(90), rate=30, options=options)
+    decoded, read = [], video._Reader.frames
+
+    def counting(reader):
+        for item in read(reader):
+            decoded.append(item[0])
+            yield item
+
+    monkeypatch.setattr(video._Reader, "frames", counting)
+    assert len(decode(path, fps=2.0).frames) == 6
+    assert 23 <= len(decoded) <= 40, "three of four frames are predicted from and not predicted with"
+
+
 @pytest.mark.parametrize("suffix", [".h264", ".mkv"])
 def test_missing_duration(tmp_path, suffix):
     path = write_video(
@@ -319,6 +366,22 @@ def test_resizing_is_pillows_bicubic(tmp_path):
     expected = np.asarray(Image.fromarray(plain).resize((140, 84), Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(decode(path, max_pixels=12_544).frames[0], expected)
     np.testing.assert_array_equal(resize_frame(plain, 84, 140), expected)
+
+
+@pytest.mark.parametrize("rotation", [0, 90])
+def test_resizing_in_one_step_is_bicubic_too(tmp_path, rotation):
+    """Compared with float pixels resized; up to two levels apart, as the full-size RGB is itself rounded down."""
+    frames = moving_texture(4, height=180, width=320)
+    path = write_video(tmp_path / "a.mp4", frames, rotation=rotation)
+    plain, small = decode(path).frames[0], decode(path, max_pixels=12_544, resize="swscale").frames[0]
+    height, width = small.shape[:2]
+    assert (height, width) == smart_resize(*plain.shape[:2], 28, max_pixels=12_544)
+    channels = [Image.fromarray(plain[..., c].astype(np.float32)) for c in range(3)]
+    exact = np.stack([np.asarray(c.resize((width, height), Image.Resampling.BICUBIC)) for c in channels], -1)
+    difference = small - exact
+    assert np.abs(difference).mean() < 2
+    assert np.abs(difference.mean()) < 1.5
+    np.testing.assert_array_equal(decode(path, resize="swscale").frames[0], plain)
 
 
 def brute_force_patches(frames, p, T, m):

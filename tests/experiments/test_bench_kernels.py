@@ -134,6 +134,25 @@ def test_wrong_values_are_not_timed(monkeypatch, wrong):
             check()
 
 
+@pytest.mark.parametrize(("name", "implementation"), [("nsa_layer", "xla"), ("dense_layer", "xla_dense")])
+def test_a_layer_and_its_parameters_gradients_are_checked(name, implementation):
+    operation, spec = OPERATIONS[name], dataclasses.replace(SMALL, queries=70, keys=70, dtype="float32")
+    arrays = operation.draw(spec, 0, 0.5)
+    assert len(arrays) == len(operation.query_axes)
+    assert sum(x.ndim == 1 for x in arrays) == (5 if name == "nsa_layer" else 3)
+    case = bench_kernels.Case(name, "", spec, [arrays])
+    shapes = kernel_checks.shapes_of(arrays)
+    do = jax.eval_shape(functools.partial(operation.call, spec, "reference", 0), *shapes)
+    reference = kernel_checks.compiled_reference(operation, spec, operation.differentiable, shapes, do)
+    errors = bench_kernels.check(
+        case, bench_kernels.compiled_pass(name, spec, implementation, True, shapes), True, reference
+    )
+    assert set(errors) == {"o", *(f"d{i}" for i in range(operation.differentiable))}
+    # float32 against float32; a gradient of 0 but for rounding is the key bias' alone (see BIAS_BOUND).
+    assert max(errors.values()) <= 1e-3
+    assert floor(name, True, LONG, Unions(2.0, 2.5)).ms > floor(name, False, LONG, Unions(2.0, 2.5)).ms
+
+
 def test_a_choice_against_the_rule():
     spec = dataclasses.replace(SMALL, dtype="float32")
     arrays = OPERATIONS["block_selection"].draw(spec, 0, None)

@@ -59,5 +59,5 @@ def test_an_unknown_name_gets_the_nearest_ones() -> None:
 
 def test_fields_that_must_be_given_are_found() -> None:
     missing = configs.missing_fields(configs.get("nsa_video_7b"))
-    assert missing == ["pretrained", "data.source", "data.video_root", "data.tokenizer"]
+    assert missing == ["pretrained", "data.source", "data.tokenizer"]
     assert configs.missing_fields(configs.get("nsa_video")) == []

@@ -129,13 +129,14 @@ def test_a_run_that_was_killed_and_stopped_ends_like_one_that_was_not(
         (["--config=nsa_video", "--set=train.steps=x"], "'x' is not what train.steps expects: an integer"),
         (
             ["--config=nsa_video_7b", "--set=pretrained=", "--set=data.tokenizer=t.json"],
-            "config nsa_video_7b needs data.source, data.video_root: add --set data.source=... --set data.video_root=",
+            "config nsa_video_7b needs data.source: add --set data.source=...",
         ),
         (["--config=nsa_video", "--set=pretrained=weights"], "pretrained is 'weights', expected a local Hugging"),
         (["--config=nsa_video", "--set=mesh.data=3"], "does not fit"),
         (["--config=nsa_video", "--set=mesh.tensor=0"], "mesh.tensor is 0"),
         (["--config=nsa_video", "--set=data.source=nowhere.json"], "nowhere.json: no such file"),
         (["--config=nsa_video", "--set=model.text.vocab_size=100"], "expected at most the model's vocab_size 100"),
+        (["--config=nsa_video", "--profile=3-1"], "--profile is '3-1', expected the numbers of steps"),
         (["--config=nsa_video", "--multihost=here"], "--multihost is 'here', expected HOST:PORT,COUNT,INDEX"),
     ],
 )

@@ -1,5 +1,6 @@
 """Choice of an implementation: by name, per operation, or by device with a fallback."""
 
+import json
 import warnings
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import nsa_attention, registry, window_attention
+from pallas_kernels.measured_order import FILE
 
 
 @pytest.fixture
@@ -93,3 +95,24 @@ def test_a_named_kernel_does_not_fall_back(arrays, a_gpu):
 def test_every_operation_has_the_implementations_that_run_anywhere():
     for operation in registry._registered:
         assert {"reference", "xla"} <= set(registry.available(operation))
+
+
+def test_none_takes_what_was_measured_fastest_on_the_device(arrays, a_gpu, monkeypatch):
+    monkeypatch.setitem(registry._registered["window_attention"], "triton", lambda q, k, v, **_: (q + 2, q[..., 0]))
+    measured = {"window_attention": ("triton", "mosaic_gpu", "xla"), "nsa_attention": ("mosaic_gpu", "triton")}
+    monkeypatch.setattr(registry, "measured_order", lambda kind, operation: measured.get(operation, ()))
+    o, _ = window_attention(*arrays, window_size=2)
+    np.testing.assert_array_equal(o, arrays[0] + 2)
+    measured["window_attention"] = ("xla", "triton")
+    assert registry.first_choice("window_attention", None) == "xla"
+    parts = ("window_attention", "selected_attention")
+    assert registry.first_choice_of_all("nsa_attention", parts, None) == "mosaic_gpu"
+    assert registry.first_choice_of_all("nsa_attention", parts, "triton") == "triton"
+    assert registry.first_choice_of_all("another", parts, {"selected_attention": "reference"}) is None
+
+
+def test_the_table_names_what_exists():
+    table = json.loads(FILE.read_text())["devices"]
+    for operations in table.values():
+        for names in operations.values():
+            assert set(names) <= set(registry.NAMES)

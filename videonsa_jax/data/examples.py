@@ -15,7 +15,8 @@ from videonsa_jax.data.config import Ablation, DataConfig
 from videonsa_jax.data.frame_cache import FrameCache
 from videonsa_jax.data.frames import VideoError, frames_to_patches
 from videonsa_jax.data.media import lay_out_frames
-from videonsa_jax.data.sources import Context, Record
+from videonsa_jax.data.records import Record
+from videonsa_jax.data.sources import Context
 from videonsa_jax.data.video import decode_video
 from videonsa_jax.streams import BATCH_AXIS_SECOND, ArrayLike, Batch, TrainBatch, Visual, register_pytree, split_streams
 
@@ -158,6 +159,7 @@ def _sampled_frames(context: Context, config: DataConfig, factor: int) -> UInt8[
         "min_pixels": config.min_pixels,
         "max_pixels": config.max_pixels,
         "factor": factor,
+        "resize": config.resize,
         "expected": context.info,
     }
 

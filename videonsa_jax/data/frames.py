@@ -67,6 +67,11 @@ def smart_resize(
     return new_height, new_width
 
 
+def frames_at(duration: float, fps: float) -> int:
+    """How many frames `fps` a second are of a video of `duration` seconds; at least one."""
+    return max(1, math.ceil(duration * fps - 1e-6))  # 8.0000001 s at 4 fps are 32 frames
+
+
 def sample_times(duration: float, fps: float, max_frames: int) -> tuple[Float[np.ndarray, "F"], float]:
     """Target times of the sampled frames.
 
@@ -78,7 +83,7 @@ def sample_times(duration: float, fps: float, max_frames: int) -> tuple[Float[np
     Returns:
       (times in seconds, frames per second really sampled); at least one time.
     """
-    count = max(1, math.ceil(duration * fps - 1e-6))  # 8.0000001 s at 4 fps are 32 frames
+    count = frames_at(duration, fps)
     if count > max_frames:
         count, fps = max_frames, max_frames / duration
     return np.arange(count) / fps, fps

@@ -7,8 +7,10 @@ An epoch holds every context once: each bucket's contexts are permuted and cut i
 filled up with zero-weight rows, and the batches of all buckets are permuted. A held-out epoch is in file order.
 """
 
+import dataclasses
 import hashlib
 import logging
+import math
 import os
 import threading
 from collections import Counter, deque
@@ -23,6 +25,7 @@ import numpy as np
 from absl import flags
 
 from videonsa_jax.configs import ModelConfig
+from videonsa_jax.data.annotations import find_annotations, read_annotations
 from videonsa_jax.data.chat import Chat, load_chat
 from videonsa_jax.data.clips import make_clips
 from videonsa_jax.data.config import DataConfig
@@ -35,19 +38,11 @@ from videonsa_jax.data.examples import (
     empty_arrays,
     fill_row,
 )
-from videonsa_jax.data.sources import (
-    DataError,
-    Index,
-    Probe,
-    Record,
-    build_index,
-    join_turns,
-    probe_videos,
-    read_records,
-    too_many,
-)
-from videonsa_jax.data.video import VideoError
-from videonsa_jax.streams import TrainBatch
+from videonsa_jax.data.frames import VideoError
+from videonsa_jax.data.records import DataError, Record, join_turns, split_turns, too_many
+from videonsa_jax.data.sources import Index, Padding, Probe, build_index, padding, probe_videos
+from videonsa_jax.data.video_index import read_video_index
+from videonsa_jax.streams import BATCH_AXIS_SECOND, TrainBatch
 
 logger = logging.getLogger("videonsa_jax.data")
 
@@ -55,7 +50,9 @@ Split = Literal["train", "heldout"]
 
 _ENDLESS = 2**40  # steps of a training split: any number no run reaches
 _MAX_THREADS = 8
-_WORKER_BUFFER = 2  # batches
+_WORKER_BUFFER = 2  # parts of batches
+# What one worker loads at a time, about: a context of 14 K visual tokens alone has 66 MB of patches.
+_PART_BYTES = 2**26
 _CLOSE_SECONDS = 5.0
 # Bytes. Smaller arrays travel through the queue's pipe, which must hold all that a worker buffers: a worker that waits
 # for room in it cannot end, and grain (0.2.18, process_prefetch.py) then waits for the worker.
@@ -101,7 +98,10 @@ class Schedule:
 
 @dataclass(frozen=True)
 class _Loader:
-    """Loads this host's rows of a step; runs in loader threads or processes."""
+    """Loads this host's rows of a step in parts of `rows_per_part`; runs in loader threads or processes.
+
+    Element n is part n % parts of step n // parts.
+    """
 
     index: Index
     chat: Chat
@@ -110,12 +110,20 @@ class _Loader:
     schedule: Schedule
     shapes: tuple[BatchShape, ...]
     rows: range
+    rows_per_part: int
     answered: bool
 
-    def __call__(self, step: int) -> dict:
+    @property
+    def parts(self) -> int:
+        return -(-len(self.rows) // self.rows_per_part)
+
+    def __call__(self, element: int) -> dict:
+        step, part = divmod(element, self.parts)
         bucket, contexts = self.schedule.step(step)
-        arrays, failures, seen = empty_arrays(self.shapes[bucket]), [], 0
-        for place, row in enumerate(self.rows):
+        rows = self.rows[part * self.rows_per_part : (part + 1) * self.rows_per_part]
+        arrays = empty_arrays(dataclasses.replace(self.shapes[bucket], contexts=len(rows)))
+        failures, seen = [], 0
+        for place, row in enumerate(rows):
             if contexts[row] < 0:
                 continue
             context = self.index.contexts[contexts[row]]
@@ -153,15 +161,21 @@ class Pipeline:
     Attributes:
       records: the good records; sample ids are their indices.
       shapes: every shape of this process' batches, for compiling ahead.
+      contexts_per_bucket: how many contexts of an epoch have each of these shapes.
       steps_per_epoch: batches in an epoch.
       dropped: records left out, by reason.
+      dropped_videos: videos left out with all their records, by reason.
+      padding: shares of the batches that only fill up.
       vocab_size: of the tokenizer.
     """
 
     records: tuple[Record, ...]
     shapes: tuple[BatchShape, ...]
+    contexts_per_bucket: tuple[int, ...]
     steps_per_epoch: int
     dropped: dict[str, int]
+    dropped_videos: dict[str, int]
+    padding: Padding
     vocab_size: int
     chat: Chat
     _loader: _Loader
@@ -204,10 +218,7 @@ class DataIterator:
         """
         if self._source is None:
             self._source = self._open()
-        element = next(self._source)
-        if self._pipeline._loader.config.workers:
-            # A copy, as arrays in grain's shared memory must not outlive the interpreter's last modules.
-            element["arrays"] = {name: np.array(value) for name, value in element["arrays"].items()}
+        element = self._read_step()
         step, self._next_step = self._next_step, self._next_step + 1
         self.failures.contexts += element["seen"]
         failed = {failure["row"] for failure in element["failures"]}
@@ -221,6 +232,22 @@ class DataIterator:
             self._report(failure["message"])
         self._check_share()
         return as_batch(element["arrays"])
+
+    def _read_step(self) -> dict:
+        """The arrays and failures of all parts of the next step."""
+        loader = self._pipeline._loader
+        elements = [next(self._source) for _ in range(loader.parts)]
+        arrays = [element["arrays"] for element in elements]
+        if loader.config.workers or len(arrays) > 1:
+            # Also of one part: arrays in grain's shared memory must not outlive the interpreter's last modules.
+            whole = {
+                name: np.concatenate([part[name] for part in arrays], axis=1 if name in BATCH_AXIS_SECOND else 0)
+                for name in arrays[0]
+            }
+        else:
+            (whole,) = arrays
+        failures = [failure for element in elements for failure in element["failures"]]
+        return {"arrays": whole, "failures": failures, "seen": sum(element["seen"] for element in elements)}
 
     def get_state(self) -> dict:
         """Where the iterator stands and what it skipped, ready for JSON; hosts save their own."""
@@ -262,7 +289,8 @@ class DataIterator:
     def _open(self) -> Iterator[dict]:
         pipeline, workers = self._pipeline, self._pipeline._loader.config.workers
         end = _ENDLESS if pipeline._split == "train" else pipeline.steps_per_epoch
-        steps = grain.MapDataset.range(min(self._next_step, end), end).map(pipeline._loader)
+        parts = pipeline._loader.parts
+        steps = grain.MapDataset.range(min(self._next_step, end) * parts, end * parts).map(pipeline._loader)
         if workers:
             if not flags.FLAGS.is_parsed():  # grain's multiprocessing reads absl flags, also in programs without absl
                 flags.FLAGS.mark_as_parsed()
@@ -299,16 +327,32 @@ def _stay_off_accelerators(worker: int, workers: int) -> None:
     jax.config.update("jax_platforms", "cpu")  # jax has read the variable when it was imported
 
 
-def _files(config: DataConfig, split: Split) -> tuple[Path, str, Path]:
-    """(JSON file, folder of its videos or "" for the JSON's own, tokenizer.json)."""
+def _files(config: DataConfig, split: Split) -> tuple[str, str, Path]:
+    """(where its records are, folder of its videos or "" for their own, tokenizer.json)."""
     source = config.source if split == "train" else config.heldout
     if not source:
         raise DataError(f"DataConfig: {split} split is empty, expected 'clips' or the path of a JSON file")
     clips = make_clips(config.clips, config.cache_dir) if "clips" in (source, config.tokenizer or "clips") else None
     tokenizer = Path(config.tokenizer) if config.tokenizer else clips.tokenizer_json
     if source != "clips":
-        return Path(source), config.video_root, tokenizer
-    return (clips.train_json if split == "train" else clips.heldout_json), str(clips.root), tokenizer
+        return source, config.video_root, tokenizer
+    return str(clips.train_json if split == "train" else clips.heldout_json), str(clips.root), tokenizer
+
+
+def split_records(config: DataConfig, split: Split) -> tuple[list[Record], Counter[str]]:
+    """A split's records, and the number of those that its files hold beside them, by reason.
+
+    Raises:
+      DataError: the files cannot be used, or there are none.
+    """
+    source, root, _ = _files(config, split)
+    records, dropped = read_annotations(
+        find_annotations(source, root),
+        config.kinds,
+        needs_options=split == "heldout",
+        max_failure_share=config.max_failure_share,
+    )
+    return (split_turns(records) if split == "train" and config.split_turns else records), dropped
 
 
 def open_chat(config: DataConfig, split: Split = "train") -> Chat:
@@ -323,9 +367,11 @@ def _check(config: DataConfig, process_index: int, process_count: int) -> None:
 
     require(config.fps > 0, "fps", "more than 0")
     require(0 < config.min_pixels <= config.max_pixels, "min_pixels", f"1 to max_pixels ({config.max_pixels})")
-    counts = ("max_frames", "questions_per_context", "questions_per_row", "contexts_per_batch")
-    for name in (*counts, "max_text_tokens", "max_visual_tokens"):
+    counts = ("max_frames", "fewest_frames", "questions_per_context", "questions_per_row", "contexts_per_batch")
+    for name in (*counts, "max_text_tokens", "max_visual_tokens", "max_buckets"):
         require(getattr(config, name) >= 1, name, "at least 1")
+    most = config.most_frames
+    require(most == 0 or most >= config.fewest_frames, "most_frames", f"0, or at least {config.fewest_frames}")
     require(config.workers >= 0, "workers", "a number of processes, or 0 for threads")
     require(config.frame_cache_gigabytes >= 0, "frame_cache_gigabytes", "a limit, or 0 for no cache")
     require(0 <= config.max_failure_share <= 1, "max_failure_share", "0 to 1")
@@ -351,7 +397,7 @@ def _check_options(records: tuple[Record, ...], chat: Chat) -> None:
 def _refuse_probing(videos: list[str]) -> list[str]:
     raise DataError(
         f"{videos[0]} and {len(videos) - 1} more: their records state no width, height and duration, expected them "
-        "where several processes load (or a `probe` that asks process 0)"
+        "where several processes load, or data.video_index (python -m experiments.index builds it)"
     )
 
 
@@ -374,8 +420,8 @@ def build_pipeline(
       seed: of the training order.
       process_index: this host.
       process_count: hosts; each gets contexts_per_batch / process_count consecutive rows of every batch.
-      probe: says what videos hold whose records do not; None reads their headers here. With several processes it must
-        give all of them the same answer.
+      probe: says what videos hold of which neither the video index nor their records do; None reads their headers
+        here. With several processes it must give all of them the same answer.
 
     Raises:
       DataError: settings, records or options cannot be used.
@@ -383,19 +429,18 @@ def build_pipeline(
     """
     _check(config, process_index, process_count)
     answered = split == "train"
-    path, root, tokenizer = _files(config, split)
+    tokenizer = _files(config, split)[2]
     chat = load_chat(tokenizer, system_prompt=config.system_prompt)
     if chat.vocab_size > model.text.vocab_size:
         raise DataError(
             f"{tokenizer}: {chat.vocab_size} tokens, expected at most the model's vocab_size {model.text.vocab_size}"
         )
-    records, malformed = read_records(
-        path, video_root=root, needs_options=not answered, max_failure_share=config.max_failure_share
-    )
+    records, dropped = split_records(config, split)
     if answered and config.questions_per_row > 1:
         records = join_turns(records, config.questions_per_row)
     probe = probe or (probe_videos if process_count == 1 else _refuse_probing)
-    index = build_index(records, chat, config, model, answered=answered, probe=probe)
+    indexed = read_video_index(config.video_index) if config.video_index else None
+    index = build_index(records, chat, config, model, answered=answered, probe=probe, indexed=indexed)
     if not answered:
         _check_options(index.records, chat)
     rows = config.contexts_per_batch // process_count
@@ -425,6 +470,7 @@ def build_pipeline(
         schedule=schedule,
         shapes=shapes,
         rows=range(process_index * rows, (process_index + 1) * rows),
+        rows_per_part=max(1, _PART_BYTES // max(math.prod((s.frames, s.patches, s.patch_dim)) for s in shapes)),
         answered=answered,
     )
     sampling = config.contexts_per_batch, config.questions_per_row, config.fps, config.max_frames, config.ablation
@@ -433,8 +479,11 @@ def build_pipeline(
     return Pipeline(
         records=index.records,
         shapes=shapes,
+        contexts_per_bucket=tuple(map(len, members)),
         steps_per_epoch=schedule.steps_per_epoch,
-        dropped={**index.dropped, **({"malformed": malformed} if malformed else {})},
+        dropped={**index.dropped, **dropped},
+        dropped_videos=dict(index.dropped_videos),
+        padding=padding(index, config, model.vision.spatial_merge_size**2),
         vocab_size=chat.vocab_size,
         chat=chat,
         _loader=loader,

@@ -1,83 +1,32 @@
-"""LLaVA-Video style JSON to records, records to contexts, contexts to buckets.
+"""Records to contexts, contexts to buckets.
 
 Everything here follows from the JSON, the configuration and (where records do not state them) the videos' headers, so
 that all hosts of a run hold the same index.
 """
 
-import json
 import logging
 import math
-import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-
-import numpy as np
 
 from videonsa_jax.configs import ModelConfig
+from videonsa_jax.data.buckets import Bucket, choose_buckets
 from videonsa_jax.data.chat import Chat
 from videonsa_jax.data.config import DataConfig
+from videonsa_jax.data.frames import VideoError, VideoInfo, frames_at
 from videonsa_jax.data.media import Limits, video_grid
-from videonsa_jax.data.video import VideoError, VideoInfo, probe_video
+from videonsa_jax.data.records import DataError, Record
+from videonsa_jax.data.video import probe_video
+from videonsa_jax.data.video_index import IndexedVideo
 from videonsa_jax.streams import Visual
 
 logger = logging.getLogger("videonsa_jax.data")
 
-PLACEHOLDERS = ("<image>", "<video>")
-MAX_BUCKETS = 4
 LENGTH_MULTIPLE, TEXT_MULTIPLE = 16, 8
-WARNINGS_PER_KIND = 10
-MIN_COUNTED = 100
 
 type Probe = Callable[[Sequence[str]], Sequence[VideoInfo | str]]
-
-
-class DataError(Exception):
-    """The data cannot be used: one sentence says what was found and what was expected."""
-
-
-def too_many(failed: int, total: int, share: float) -> bool:
-    """Whether failures exceed their allowed share; that of fewer than `MIN_COUNTED` would be chance, so these count
-    as so many."""
-    return failed > share * max(total, MIN_COUNTED)
-
-
-@dataclass(frozen=True)
-class Record:
-    """One question, or a conversation of several turns, about one video.
-
-    Attributes:
-      index: place in the list of good records; the sample id of batches.
-      id: the file's own name for it.
-      video: path of the video.
-      turns: (question, answer) pairs; the first question follows the video.
-      family: kind of question; empty if not stated.
-      options: choices of a multiple-choice question, as an answer would say them.
-      answer: the right one; the last turn's answer where not stated.
-      info: size, duration and rate of the video, if the record states them.
-    """
-
-    index: int
-    id: str
-    video: str
-    turns: tuple[tuple[str, str], ...]
-    family: str = ""
-    options: tuple[str, ...] = ()
-    answer: str = ""
-    info: VideoInfo | None = None
-
-    def messages(self, *, answered: bool) -> list[dict]:
-        """The conversation in Qwen's format; not `answered`: the first question alone."""
-        turns = self.turns if answered else self.turns[:1]
-        content: list | str = [{"type": "video"}, {"type": "text", "text": turns[0][0]}]
-        messages = []
-        for question, answer in turns:
-            messages.append({"role": "user", "content": content if not messages else question})
-            if answered:
-                messages.append({"role": "assistant", "content": answer})
-        return messages
 
 
 @dataclass(frozen=True)
@@ -102,216 +51,29 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """One shape that contexts are padded to.
-
-    Attributes:
-      visual_tokens: Lv.
-      frames: F, temporal grid positions.
-      patches: P, patches a frame.
-    """
-
-    visual_tokens: int
-    frames: int
-    patches: int
-
-
-@dataclass(frozen=True)
 class Index:
     """Every context of a split with its bucket, and what was left out.
 
     Attributes:
-      records: the good records.
+      records: those that its contexts hold.
       contexts: in file order.
       buckets: by rising visual length.
       text_tokens: Lt, the same for all batches.
+      text_tokens_held: the sum of its records' own text lengths.
       dropped: records left out, by reason.
+      dropped_videos: videos left out with all their records, by reason.
     """
 
     records: tuple[Record, ...]
     contexts: tuple[Context, ...]
     buckets: tuple[Bucket, ...]
     text_tokens: int
+    text_tokens_held: int
     dropped: Mapping[str, int] = field(default_factory=dict)
+    dropped_videos: Mapping[str, int] = field(default_factory=dict)
 
 
 _EMPTY = Visual(grid=(0, 0, 0))
-
-
-class _Malformed(Exception):
-    """A record's defect."""
-
-
-def _text(record: Mapping, name: str) -> str:
-    value = record.get(name)
-    if not isinstance(value, str) or not value:
-        raise _Malformed(f"{name} is {str(value)[:60]!r}, expected a text")
-    return value
-
-
-def _turns(record: Mapping) -> tuple[tuple[str, str], ...]:
-    conversation = record.get("conversations")
-    if not isinstance(conversation, list) or not conversation or len(conversation) % 2:
-        size = f"{len(conversation)} entries" if isinstance(conversation, list) else repr(conversation)[:60]
-        raise _Malformed(f"conversations is {size}, expected a list of human and gpt entries in turn")
-    values = []
-    for place, entry in enumerate(conversation):
-        speaker = ("human", "gpt")[place % 2]
-        if not isinstance(entry, dict) or entry.get("from") != speaker:
-            raise _Malformed(f"conversations[{place}] is {str(entry)[:60]!r}, expected an entry from {speaker}")
-        value = entry.get("value")
-        if not isinstance(value, str) or not value.strip():
-            raise _Malformed(f"conversations[{place}].value is {str(value)[:60]!r}, expected a text")
-        values.append(value)
-    held = sum(value.count(mark) for value in values for mark in PLACEHOLDERS)
-    if held != 1 or not any(mark in values[0] for mark in PLACEHOLDERS):
-        raise _Malformed(f"conversations hold {held} times <image> or <video>, expected once in the first entry")
-    for mark in PLACEHOLDERS:  # the video comes first wherever the placeholder stands, as in LLaVA's own loader
-        values[0] = values[0].replace(f"{mark}\n", "").replace(mark, "")
-    return tuple(zip(values[::2], values[1::2], strict=True))
-
-
-def _info(record: Mapping) -> VideoInfo | None:
-    stated = {name: record.get(name) for name in ("width", "height", "duration", "fps")}
-    for name, value in stated.items():
-        if value is None:
-            continue
-        integral = name in ("width", "height")
-        number = isinstance(value, int if integral else int | float) and not isinstance(value, bool)
-        if not number or not 0 < value < math.inf:
-            raise _Malformed(
-                f"{name} is {str(value)[:60]!r}, expected a positive {'integer' if integral else 'number'}"
-            )
-    if any(stated[name] is None for name in ("width", "height", "duration")):
-        return None
-    return VideoInfo(stated["width"], stated["height"], float(stated["duration"]), float(stated["fps"] or 0))
-
-
-def _options(record: Mapping) -> tuple[str, ...]:
-    options = record.get("options") or ()
-    if not isinstance(options, list | tuple) or not all(isinstance(option, str) and option for option in options):
-        raise _Malformed(f"options is {str(options)[:60]!r}, expected a list of texts")
-    return tuple(options)
-
-
-def _parse(record: object, index: int, root: Path, *, needs_options: bool) -> Record:
-    if not isinstance(record, dict):
-        raise _Malformed(f"it is {str(record)[:60]!r}, expected an object")
-    turns, options = _turns(record), _options(record)
-    answer = record.get("answer", turns[-1][1])
-    if needs_options and len(options) < 2:
-        raise _Malformed(f"options holds {len(options)} texts, expected at least 2 in a held-out record")
-    if not isinstance(answer, str) or (options and answer not in options):
-        raise _Malformed(f"answer is {str(answer)[:60]!r}, expected one of the options")
-    family = record.get("family", "")
-    if not isinstance(family, str):
-        raise _Malformed(f"family is {str(family)[:60]!r}, expected a text")
-    return Record(
-        index=index,
-        id=str(record.get("id", index)),
-        video=str(root / _text(record, "video")),
-        turns=turns,
-        family=family,
-        options=options,
-        answer=answer,
-        info=_info(record),
-    )
-
-
-def _raw_records(path: Path) -> list[object]:
-    """The file's records; a line of a JSONL file that is not JSON stays text, which the parser then refuses."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file, expected a JSON list of records")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}, expected a JSON list of records") from error
-    if path.suffix == ".jsonl" or text.lstrip().startswith("{"):
-        records = []
-        for line in filter(str.strip, text.split("\n")):
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                records.append(line)
-        return records
-    try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: {error}, expected a JSON list of records") from error
-    if not isinstance(records, list):
-        raise DataError(f"{path}: holds a {type(records).__name__}, expected a list of records")
-    return records
-
-
-def read_records(
-    path: str | Path, *, video_root: str = "", needs_options: bool = False, max_failure_share: float = 0.05
-) -> tuple[list[Record], int]:
-    """Reads a LLaVA-Video style file: a JSON list of records, or one record a line.
-
-    A malformed record is left out and counted, with a warning that says which and why.
-
-    Args:
-      path: the file.
-      video_root: folder of the videos; empty = the file's own.
-      needs_options: a record without options is malformed.
-      max_failure_share: a larger share of malformed records stops.
-
-    Returns:
-      (the good records, the number of malformed ones).
-
-    Raises:
-      DataError: the file is missing or not JSON, holds no good record, or too many malformed ones.
-    """
-    path = Path(path)
-    root = Path(video_root) if video_root else path.parent
-    raw = _raw_records(path)
-    records, malformed = [], 0
-    for place, entry in enumerate(raw):
-        try:
-            records.append(_parse(entry, len(records), root, needs_options=needs_options))
-        except _Malformed as defect:
-            malformed += 1
-            reason = f"{path}: record {place} is left out: {defect}"
-            if malformed <= WARNINGS_PER_KIND:
-                logger.warning("%s", reason)
-    if malformed:
-        logger.warning("%s: %d of %d records are malformed", path, malformed, len(raw))
-    if too_many(malformed, len(raw), max_failure_share):
-        raise DataError(
-            f"{path}: {malformed} of {len(raw)} records are malformed, expected at most a share of "
-            f"{max_failure_share:g} (max_failure_share); the last: {reason}"
-        )
-    if not records:
-        raise DataError(f"{path}: holds no usable record, expected some" + (f"; {reason}" if malformed else ""))
-    return records, malformed
-
-
-def join_turns(records: Sequence[Record], questions: int) -> list[Record]:
-    """Joins records of one video into conversations of several turns, as LLaVA-Video's own files have them.
-
-    Which questions come first is drawn per video, so that every kind of question also opens conversations, as it does
-    when it is asked alone.
-
-    Args:
-      records: the good records.
-      questions: records that one conversation takes up at most.
-
-    Returns:
-      The conversations, videos in order of their first record. A conversation of several records has the first one's
-      id and no options.
-    """
-    by_video: dict[str, list[Record]] = {}
-    for record in records:
-        by_video.setdefault(record.video, []).append(record)
-    joined: list[Record] = []
-    for video, group in by_video.items():
-        order = np.random.default_rng(zlib.crc32(Path(video).name.encode())).permutation(len(group))
-        for start in range(0, len(group), questions):
-            part = [group[place] for place in order[start : start + questions]]
-            turns = tuple(turn for record in part for turn in record.turns)
-            alone = part[0] if len(part) == 1 else replace(part[0], family="", options=(), answer=turns[-1][1])
-            joined.append(replace(alone, index=len(joined), turns=turns))
-    return joined
 
 
 def probe_videos(paths: Sequence[str]) -> list[VideoInfo | str]:
@@ -332,65 +94,69 @@ def _visual(info: VideoInfo, config: DataConfig, model: ModelConfig) -> Visual:
     return video_grid(info, limits, model.vision)
 
 
-def choose_buckets(
-    grids: Sequence[tuple[int, int, int]], lengths: Sequence[int], *, multiple: int, merged_patches: int
-) -> tuple[list[Bucket], list[int]]:
-    """Buckets for token grids, and the bucket of each grid (-1: longer than every given length).
+@dataclass(frozen=True)
+class Padding:
+    """Which share of what batches hold only fills up, over an epoch.
 
-    Args:
-      grids: (time, height, width) in tokens.
-      lengths: visual lengths of the buckets; empty = at most 4, chosen to pad the least in the vision tower and in
-        the visual stream together.
-      multiple: chosen lengths are multiples of it.
-      merged_patches: patches in a visual token.
+    Attributes:
+      visual_tokens: of the visual stream.
+      patches: of the vision tower's input.
+      text_tokens: of the text stream, questions that a context lacks included.
+      rows: of the contexts, where a bucket's last batch is not full.
     """
 
-    def rounded(length: int) -> int:
-        return -(-length // multiple) * multiple
+    visual_tokens: float
+    patches: float
+    text_tokens: float
+    rows: float
 
-    if not grids:
-        return [], []
-    counts = Counter(grids)
-    lengths = sorted(lengths) or _best_lengths(counts, rounded)
-    by_length: dict[int, list[tuple[int, int, int]]] = {length: [] for length in lengths}
-    fits = {}
-    for grid in counts:
-        fits[grid] = next((length for length in lengths if math.prod(grid) <= length), None)
-        if fits[grid] is not None:
-            by_length[fits[grid]].append(grid)
-    used = [length for length in lengths if by_length[length]]
-    buckets = [
-        Bucket(
-            length, max(g[0] for g in by_length[length]), merged_patches * max(g[1] * g[2] for g in by_length[length])
+
+def padding(index: Index, config: DataConfig, merged_patches: int) -> Padding:
+    """The shares of padding of an index; rows that only fill up are not in the others."""
+    tokens, patches, held_tokens, held_patches = 0, 0, 0, 0
+    for context in index.contexts:
+        bucket = index.buckets[context.bucket]
+        tokens, patches = tokens + bucket.visual_tokens, patches + bucket.frames * bucket.patches
+        held_tokens += context.visual.num_tokens
+        held_patches += math.prod(context.visual.grid) * merged_patches
+    sizes = Counter(context.bucket for context in index.contexts)
+    rows = sum(-(-size // config.contexts_per_batch) * config.contexts_per_batch for size in sizes.values())
+    text_tokens = len(index.contexts) * config.questions_per_context * index.text_tokens
+    return Padding(
+        visual_tokens=1 - held_tokens / tokens,
+        patches=1 - held_patches / patches,
+        text_tokens=1 - index.text_tokens_held / text_tokens,
+        rows=1 - len(index.contexts) / rows,
+    )
+
+
+def _video_infos(
+    groups: Mapping[str, Sequence[Record]], indexed: Mapping[str, IndexedVideo] | None, probe: Probe
+) -> dict[str, VideoInfo | str]:
+    """What videos hold, by the video index, their records, or a probe; a sentence for one that cannot be read."""
+    stated = {video: next((record.info for record in group if record.info), None) for video, group in groups.items()}
+    if indexed is not None:
+        measured = {video: indexed[video] for video in groups if video in indexed}
+        stated |= {video: entry.info or entry.problem for video, entry in measured.items()}
+    unknown = [video for video, info in stated.items() if info is None]
+    if unknown and indexed is not None:
+        raise DataError(
+            f"the video index lacks {len(unknown)} of {len(groups)} videos, such as {unknown[0]}: python -m "
+            "experiments.index with the same config goes on building it"
         )
-        for length in used
-    ]
-    place = {length: number for number, length in enumerate(used)}
-    return buckets, [place[fits[grid]] if fits[grid] is not None else -1 for grid in grids]
+    return stated | (dict(zip(unknown, probe(unknown), strict=True)) if unknown else {})
 
 
-def _best_lengths(counts: Mapping[tuple[int, int, int], int], rounded: Callable[[int], int]) -> list[int]:
-    """At most `MAX_BUCKETS` lengths that leave the least padding, by dynamic programming over candidate lengths."""
-    candidates = sorted({rounded(math.prod(grid)) for grid in counts})
-    thinning = -(-len(candidates) // 64)
-    candidates = candidates[::-1][::thinning][::-1]  # the longest stays
-    groups: list[list[tuple[tuple[int, int, int], int]]] = [[] for _ in candidates]
-    for grid, count in counts.items():
-        groups[next(i for i, length in enumerate(candidates) if math.prod(grid) <= length)].append((grid, count))
-    best: list[list[tuple[float, list[int]]]] = [[(0.0, [])] + [(math.inf, [])] * len(candidates)]
-    for _ in range(MAX_BUCKETS):
-        row = list(best[-1])
-        for end in range(1, len(candidates) + 1):
-            number, frames, area = 0, 0, 0
-            for start in range(end - 1, -1, -1):
-                for (time, height, width), count in groups[start]:
-                    number, frames, area = number + count, max(frames, time), max(area, height * width)
-                cost, chosen = best[-1][start]
-                cost += number * (candidates[end - 1] + frames * area)
-                if cost < row[end][0]:
-                    row[end] = cost, [*chosen, candidates[end - 1]]
-        best.append(row)
-    return best[-1][-1][1]
+def _left_out(info: VideoInfo | str, entry: IndexedVideo | None, config: DataConfig) -> str:
+    """Why a video is none of the split's; empty if it is one, or if its failure is to be counted by the run."""
+    if isinstance(info, str):
+        return entry.reason if entry is not None else ""
+    count = frames_at(info.duration, config.fps)
+    if count < config.fewest_frames:
+        return f"fewer than {config.fewest_frames} frames at {config.fps:g} a second"
+    if 0 < config.most_frames < count:
+        return f"more than {config.most_frames} frames at {config.fps:g} a second"
+    return ""
 
 
 def build_index(
@@ -401,11 +167,13 @@ def build_index(
     *,
     answered: bool,
     probe: Probe = probe_videos,
+    indexed: Mapping[str, IndexedVideo] | None = None,
 ) -> Index:
     """Groups records by video into contexts of at most Q and gives each a bucket.
 
-    Records that are too long in text or in visual tokens are dropped and counted. A video that cannot be probed keeps
-    its contexts, in the smallest bucket, so that they count as failures of the run.
+    Records that are too long in text, or whose video has too many or too few frames or too many visual tokens, are left
+    out and counted, as are those whose video the video index could not read. Without an index, a video that cannot be
+    probed keeps its contexts, in the smallest bucket, so that they count as failures of the run.
 
     Args:
       records: the good records.
@@ -413,47 +181,50 @@ def build_index(
       config: limits, sampling, buckets, Q.
       model: token sizes and block size.
       answered: rows hold the whole conversation; else the first question and the header of an answer.
-      probe: called once, with the videos whose records do not state size and duration.
+      probe: called once, with the videos of which neither the video index nor their records say size and duration.
+      indexed: the video index, by path; it wins over what records say.
 
     Raises:
-      DataError: nothing is left.
+      DataError: nothing is left, or the video index lacks videos.
     """
-    by_video: dict[str, list[Record]] = {}
-    dropped, text_tokens = Counter(), 1
-    for record in records:
-        length = text_length(record, chat, answered=answered)
-        if length > config.max_text_tokens:
-            dropped["more text tokens than max_text_tokens"] += 1
-            continue
-        text_tokens = max(text_tokens, length)
-        by_video.setdefault(record.video, []).append(record)
-    found: dict[str, VideoInfo | str] = {
-        video: next((record.info for record in group if record.info), "") for video, group in by_video.items()
-    }
-    unknown = [video for video, info in found.items() if not info]
-    if unknown:
-        found.update(zip(unknown, probe(unknown), strict=True))
+    groups: dict[str, list[Record]] = {}
+    for number, record in enumerate(records):
+        groups.setdefault(record.video, []).append(replace(record, index=number))
+    found = _video_infos(groups, indexed, probe)
+    dropped, dropped_videos, text_lengths = Counter(), Counter(), {}
     contexts, per_context = [], config.questions_per_context
-    for video, group in by_video.items():
-        visual, info, problem = _EMPTY, found[video], ""
-        try:
-            if isinstance(info, str):
-                raise ValueError(info)
-            visual = _visual(info, config, model)
-        except ValueError as error:
-            info, problem = None, str(error) if str(error).startswith(video) else f"{video}: {error}"
-        if visual.num_tokens > config.max_visual_tokens:
-            dropped["more visual tokens than max_visual_tokens"] += len(group)
+    for video, group in groups.items():
+        info, visual, problem = found[video], _EMPTY, ""
+        reason = _left_out(info, (indexed or {}).get(video), config)
+        if not reason:
+            try:
+                if isinstance(info, str):
+                    raise ValueError(info)
+                visual = _visual(info, config, model)
+            except ValueError as error:
+                info, problem = None, str(error) if str(error).startswith(video) else f"{video}: {error}"
+            if visual.num_tokens > config.max_visual_tokens:
+                reason = "more visual tokens than max_visual_tokens"
+        if reason:
+            dropped[reason] += len(group)
+            dropped_videos[reason] += 1
             continue
-        for start in range(0, len(group), per_context):
-            ids = tuple(record.index for record in group[start : start + per_context])
-            contexts.append(Context(video, ids, info, visual, problem=problem))
+        short = []
+        for record in group:
+            text_lengths[record.index] = text_length(record, chat, answered=answered)
+            if text_lengths[record.index] > config.max_text_tokens:
+                dropped["more text tokens than max_text_tokens"] += 1
+            else:
+                short.append(record.index)
+        for start in range(0, len(short), per_context):
+            contexts.append(Context(video, tuple(short[start : start + per_context]), info, visual, problem=problem))
     readable = [context for context in contexts if not context.problem]
     buckets, places = choose_buckets(
         [context.visual.grid for context in readable],
         config.buckets,
         multiple=math.lcm(LENGTH_MULTIPLE, model.nsa.block_size if model.nsa else 1),
         merged_patches=model.vision.spatial_merge_size**2,
+        most=config.max_buckets,
     )
     place_of = dict(zip(map(id, readable), places, strict=True))
     kept = []
@@ -468,12 +239,17 @@ def build_index(
     if not buckets:
         problem = next((context.problem for context in contexts), "; ".join(dropped))
         raise DataError(f"none of {len(records)} records can be used: {problem}")
+    numbers = sorted(number for context in kept for number in context.records)
+    renumbered = {number: new for new, number in enumerate(numbers)}
+    text_tokens = max(text_lengths[number] for number in numbers)
     return Index(
-        records=tuple(records),
-        contexts=tuple(kept),
+        records=tuple(replace(records[number], index=new) for number, new in renumbered.items()),
+        contexts=tuple(replace(c, records=tuple(renumbered[number] for number in c.records)) for c in kept),
         buckets=tuple(buckets),
         text_tokens=-(-text_tokens // TEXT_MULTIPLE) * TEXT_MULTIPLE,
+        text_tokens_held=sum(text_lengths[number] for number in numbers),
         dropped=dict(dropped),
+        dropped_videos=dict(dropped_videos),
     )
 
 

@@ -2,22 +2,27 @@
 
 Frames are chosen by presentation time, not by number: at target time t the frame shown is the one with the largest
 presentation timestamp <= t, so variable frame rates, late starts and reordered (B) frames need no special case.
+
+At 4 of 30 frames a second most of the work is decoding frames that nobody asked for. Those that no other frame is
+predicted from are told by their packets (H.264) and not decoded; the sampled frames are the same bit for bit.
 """
 
 import contextlib
 import itertools
 import struct
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Interpolation, VideoReformatter
 from jaxtyping import Float, UInt8
 
+from videonsa_jax.data.config import Resize
 from videonsa_jax.data.frames import (
     MAX_PIXELS,
     MAX_PIXELS_IN,
@@ -30,6 +35,11 @@ from videonsa_jax.data.frames import (
 )
 
 SEEK_SECONDS = 2.0  # jumping over less than this costs more than decoding through it
+
+# H.264 puts at most 16 frames between a frame's places in decoding and in presentation order.
+_REORDERED = 32  # packets
+# Without these two flags swscale's bicubic result is 1 to 2 levels too dark; with them its mean is exact.
+_BICUBIC = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
 @dataclass(frozen=True)
@@ -169,14 +179,48 @@ class _Reader:
         self.seconds_limit, self.deadline = seconds_limit, time.monotonic() + seconds_limit
         self.keyframes = [entry.timestamp for entry in stream.index_entries if entry.is_keyframe]
         self.end = 0.0  # seconds after the first frame until which frames are known to be shown
+        self.targets: list[int] | None = None  # timestamps asked for, ascending; None = all frames are
+
+    def _packets(self) -> Iterator[tuple[av.Packet, bool]]:
+        """Packets from the current position on, and whether one may hold a frame that is shown at a target.
+
+        Where the next frame in presentation order is not in sight, a packet counts as one that does.
+        """
+        ahead: deque[av.Packet] = deque()
+        in_sight: deque[int] = deque()  # timestamps as they came, and sorted
+        order: list[int] = []
+
+        def is_shown(packet: av.Packet) -> bool:
+            if self.targets is None or packet.pts is None:
+                return True
+            after = bisect_right(order, packet.pts)
+            if after == len(order):
+                return True
+            return bisect_left(self.targets, packet.pts) < bisect_left(self.targets, order[after])
+
+        for packet in self.container.demux(self.stream):
+            ahead.append(packet)
+            if packet.pts is not None:
+                in_sight.append(packet.pts)
+                insort(order, packet.pts)
+                if len(in_sight) > 2 * _REORDERED:
+                    del order[bisect_left(order, in_sight.popleft())]
+            if len(ahead) > _REORDERED:
+                yield ahead[0], is_shown(ahead.popleft())
+        while ahead:
+            yield ahead[0], is_shown(ahead.popleft())
 
     def frames(self) -> Iterator[tuple[int, av.VideoFrame]]:
-        """(timestamp, frame) from the current position on."""
+        """(timestamp, frame) from the current position on; of frames shown at no target, some are left out."""
         untimed = 1 / (_frame_rate(self.stream) * float(self.stream.time_base))
-        count = 0
-        for packet in self.container.demux(self.stream):
+        codec, count = self.stream.codec_context, 0
+        can_skip, skipping = codec.name == "h264", False
+        for packet, is_shown in self._packets():
             if packet.is_corrupt:
                 raise VideoError(f"{self.path}: a damaged packet at byte {packet.pos}, expected an intact video")
+            if can_skip and skipping == is_shown:
+                skipping = not is_shown
+                codec.skip_frame = "NONREF" if skipping else "DEFAULT"
             for frame in packet.decode():
                 # A bare elementary stream has no timestamps: its frames count at the nominal rate.
                 yield (round(count * untimed) if frame.pts is None else frame.pts), frame
@@ -210,7 +254,8 @@ class _Reader:
             return
         (start, current), position = pending, pending[0]  # the header's start time may be a decoding time
         self.end = (current.duration or 0) * tick
-        for target in (start + round(float(seconds) / tick) for seconds in times):
+        self.targets = [start + round(float(seconds) / tick) for seconds in times]
+        for target in self.targets:
             jumped = self._jump(target, position)
             if jumped is not None:
                 ahead, pending = jumped, next(jumped, None)
@@ -231,13 +276,14 @@ def decode_video(
     min_pixels: int = MIN_PIXELS,
     max_pixels: int | None = MAX_PIXELS,
     factor: int = 28,
+    resize: Resize = "pillow",
     seconds_limit: float = 20.0,
     max_pixels_in: int = MAX_PIXELS_IN,
     expected: VideoInfo | None = None,
 ) -> DecodedVideo:
     """Samples a video's frames, upright and resized.
 
-    Only sampled frames are converted to RGB and resized (Pillow, bicubic). Pixels are taken as square.
+    Only sampled frames are converted to RGB and resized, bicubic. Pixels are taken as square.
 
     Args:
       path: the file.
@@ -246,6 +292,8 @@ def decode_video(
       min_pixels: lower limit of a resized frame's area.
       max_pixels: upper limit of a resized frame's area; None keeps the displayed size.
       factor: both sides of a resized frame are multiples of it.
+      resize: "pillow" converts whole frames to RGB and resizes these, as Qwen's processor does; "swscale" does both in
+        one step, several times faster and about one level of 255 apart.
       seconds_limit: wall time allowed.
       max_pixels_in: stored frames with more pixels are refused.
       expected: what the file should hold; its duration then decides the sampled times.
@@ -272,7 +320,7 @@ def decode_video(
             if frame is previous:
                 frames[count - 1] = frames[count - 2]
             else:
-                frames[count - 1] = _displayed(to_rgb, frame, orientation, height, width)
+                frames[count - 1] = _displayed(to_rgb, frame, orientation, height, width, resize)
             previous = frame
         if count == 0 or reader.end + slack < times[-1]:
             raise VideoError(f"{path}: its frames end at {reader.end:.2f} s, expected {info.duration:.2f} s")
@@ -299,7 +347,11 @@ def _check_expected(
 
 
 def _displayed(
-    to_rgb: VideoReformatter, frame: av.VideoFrame, orientation: _Orientation, height: int, width: int
+    to_rgb: VideoReformatter, frame: av.VideoFrame, orientation: _Orientation, height: int, width: int, resize: Resize
 ) -> UInt8[np.ndarray, "H W 3"]:
-    image = orientation.apply(to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray())
+    stored = (width, height) if orientation.transpose else (height, width)
+    size = {}
+    if resize == "swscale" and (frame.height, frame.width) != stored:
+        size = {"height": stored[0], "width": stored[1], "interpolation": _BICUBIC}
+    image = orientation.apply(to_rgb.reformat(frame, format="rgb24", threads=1, **size).to_ndarray())
     return image if image.shape[:2] == (height, width) else resize_frame(image, height, width)
