@@ -92,7 +92,7 @@ class Tiles:
         return jnp.repeat(end, TILE_ROWS // self.tokens, axis=1).reshape(self.batch, self.stripes, TILE_ROWS)
 
 
-def bounds(ends: Int32[jax.Array, "B stripes 64"], window: int | None) -> tuple[Int32[jax.Array, "B stripes"], ...]:
+def bounds(ends: Int32[jax.Array, "B stripes rows"], window: int | None) -> tuple[Int32[jax.Array, "B stripes"], ...]:
     """Keys that some row of a tile sees [low, high) and that all of them see [whole_low, whole_high)."""
     start = jnp.zeros_like(ends) if window is None else jnp.maximum(ends - window, 0)
     high = jnp.max(ends, axis=-1)

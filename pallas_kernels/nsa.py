@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float, Int
 
-from pallas_kernels import gpu, nsa_gpu, nsa_tpu, registry, validation
+from pallas_kernels import gpu, nsa_gpu, nsa_tpu, nsa_triton, registry, triton_calls, validation
 from pallas_kernels.block_selection.api import block_selection
 from pallas_kernels.block_selection.choice import replaced_choice
 from pallas_kernels.common import ArrayLike, Scalar, query_indices, resolve_lengths, zero_where
@@ -116,10 +116,12 @@ def nsa_attention(
     choose = "selected" in branches and (block_indices is None or choose_anyway)
 
     first_choice = registry.first_choice_of_all("nsa_attention", _OPERATIONS, implementation)
-    if first_choice == "mosaic_gpu" and nsa_gpu.covers(q, k, block_size, branches):
+    on_gpu = {"mosaic_gpu": (gpu.on_hopper, nsa_gpu.HOPPER), "triton": (triton_calls.on_nvidia, nsa_triton.TRITON)}
+    if first_choice in on_gpu and nsa_gpu.covers(q, k, block_size, branches):
+        on_device, operations = on_gpu[first_choice]
         # What it does not cover is left to the operations, which say so or fall back.
         with contextlib.suppress(NotImplementedError):
-            return gpu.on_hopper(nsa_gpu.attention)(
+            return on_device(nsa_gpu.attention)(
                 q,
                 k,
                 v,
@@ -133,6 +135,7 @@ def nsa_attention(
                 block_indices=None if block_indices is None else jnp.asarray(block_indices),
                 choose_anyway=choose_anyway,
                 choice=choice,
+                operations=operations,
             )
 
     gates = jax.nn.sigmoid(scaled_logits)

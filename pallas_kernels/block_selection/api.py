@@ -3,8 +3,8 @@
 import jax
 from jaxtyping import Float, Float32, Int, Int32
 
-from pallas_kernels import gpu, registry, validation
-from pallas_kernels.block_selection import mosaic_gpu, mosaic_tpu, reference, xla
+from pallas_kernels import gpu, registry, triton_calls, validation
+from pallas_kernels.block_selection import mosaic_gpu, mosaic_tpu, reference, triton, xla
 from pallas_kernels.common import ArrayLike, Scalar
 
 registry.register(
@@ -13,6 +13,7 @@ registry.register(
     xla=xla.block_selection,
     mosaic_gpu=gpu.on_hopper(mosaic_gpu.block_selection),
     mosaic_tpu=mosaic_tpu.block_selection,
+    triton=triton_calls.on_nvidia(triton.block_selection),
 )
 
 

@@ -3,9 +3,9 @@
 import jax
 from jaxtyping import Float, Float32, Int
 
-from pallas_kernels import gpu, registry, validation
+from pallas_kernels import gpu, registry, triton_calls, validation
 from pallas_kernels.common import ArrayLike
-from pallas_kernels.prefix_attention import mosaic_gpu, mosaic_tpu, reference, xla
+from pallas_kernels.prefix_attention import mosaic_gpu, mosaic_tpu, reference, triton, xla
 
 registry.register(
     "prefix_attention",
@@ -13,6 +13,7 @@ registry.register(
     xla=xla.prefix_attention,
     mosaic_gpu=gpu.on_hopper(mosaic_gpu.prefix_attention),
     mosaic_tpu=mosaic_tpu.prefix_attention,
+    triton=triton_calls.on_nvidia(triton.prefix_attention),
 )
 
 

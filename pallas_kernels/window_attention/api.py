@@ -3,9 +3,9 @@
 import jax
 from jaxtyping import Float, Float32, Int
 
-from pallas_kernels import gpu, registry, validation
+from pallas_kernels import gpu, registry, triton_calls, validation
 from pallas_kernels.common import ArrayLike, Scalar
-from pallas_kernels.window_attention import mosaic_gpu, mosaic_tpu, reference, xla
+from pallas_kernels.window_attention import mosaic_gpu, mosaic_tpu, reference, triton, xla
 
 registry.register(
     "window_attention",
@@ -13,6 +13,7 @@ registry.register(
     xla=xla.window_attention,
     mosaic_gpu=gpu.on_hopper(mosaic_gpu.window_attention),
     mosaic_tpu=mosaic_tpu.window_attention,
+    triton=triton_calls.on_nvidia(triton.window_attention),
 )
 
 
