@@ -18,7 +18,7 @@ from pathlib import Path
 from experiments import kernel_results
 from experiments.bench_kernels import speedups
 
-LENGTHS = (131072, 65536, 32768, 16384, 8192)
+LENGTHS = (131072, 65536, 32768, 16384, 16421, 8192)
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "whole": ("--ops=nsa_attention,dense_attention", "--implementations=mosaic_gpu,cudnn_dense,mosaic_dense"),
@@ -38,9 +38,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "--drawn-only",
     ),
 }
-"""Arguments of one process; "xla" is far slower than the others and runs at the two shortest lengths."""
+"""Arguments of one process; "xla" is far slower than the others, at 16K + 37 stands attention alone."""
 
-ONLY_AT = {"xla": (8192, 16384)}
+WHOLE_BLOCKS = (131072, 65536, 32768, 16384, 8192)
+
+ONLY_AT = {"xla": (8192, 16384), "layer": WHOLE_BLOCKS, "parts": WHOLE_BLOCKS}
 
 ONE_INPUT_AT = (131072,)
 """Lengths at which all but the whole keep one set of arrays: a process keeps the device memory that it once took."""

@@ -3,6 +3,7 @@
 jax_triton and triton are imported when a kernel is called, not before: most machines have neither.
 """
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,10 +21,13 @@ def on_nvidia(kernel: Callable[..., Any]) -> Callable[..., Any]:
       kernel: an operation's Triton implementation.
 
     Returns:
-      A function of the same arguments. It raises NotImplementedError on another device.
+      A function of the same arguments. It raises NotImplementedError on another device, or without Triton.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise NotImplementedError(f"the Triton kernel needs the package {missing[0]}, which is not installed")
         device = jax.devices()[0]
         capability = getattr(device, "compute_capability", None)
         # An AMD device names its architecture here (gfx942), not a number.
