@@ -173,11 +173,14 @@ def _attend_prefix_backward(residuals: Any, cotangents: Any) -> tuple[Any, ...]:
 _attend_prefix.defvjp(_attend_prefix_forward, _attend_prefix_backward)
 
 
-def _chunks(queries: int, elements_per_query: int) -> int:
-    return max(-(-queries // max(TILE_ELEMENTS // max(elements_per_query, 1), 1)), 1)
+def _chunks(queries: int, elements_per_query: int, tile_elements: int | None = None) -> int:
+    most = TILE_ELEMENTS if tile_elements is None else tile_elements
+    return max(-(-queries // max(most // max(elements_per_query, 1), 1)), 1)
 
 
-def over_query_chunks(body: Callable[[Any], Any], per_query: Any, elements_per_query: int) -> Any:
+def over_query_chunks(
+    body: Callable[[Any], Any], per_query: Any, elements_per_query: int, tile_elements: int | None = None
+) -> Any:
     """Applies `body` to chunks of the arrays in `per_query`, along their axis 1.
 
     Few queries make one chunk, without a loop. Otherwise the chunks run one after another and their gradients
@@ -187,12 +190,13 @@ def over_query_chunks(body: Callable[[Any], Any], per_query: Any, elements_per_q
       body: maps arrays [B, C, ...] to arrays [B, C, ...], each query by itself.
       per_query: tree of arrays [B, T, ...].
       elements_per_query: elements of the largest array that `body` makes, divided by C.
+      tile_elements: how large that array may be; None: `TILE_ELEMENTS`.
 
     Returns:
       The tree of arrays [B, T, ...] that `body(per_query)` is.
     """
     queries = jax.tree.leaves(per_query)[0].shape[1]
-    chunks = _chunks(queries, elements_per_query)
+    chunks = _chunks(queries, elements_per_query, tile_elements)
     if chunks == 1:
         return body(per_query)
     size = -(-queries // chunks)

@@ -47,6 +47,7 @@ class VideoNSA(nnx.Module):
       param_dtype: in which parameters are kept.
       remat: what the backward pass keeps of each layer but the last decoder layer, where it begins: "none" (of the
         layer, everything), "full" (nothing), "minimal" or "attention_outputs"; see `remat.checkpointed`.
+      vision_remat: likewise of each layer of the vision tower; None: as `remat`.
     """
 
     def __init__(
@@ -57,10 +58,11 @@ class VideoNSA(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         remat: str = "none",
+        vision_remat: str | None = None,
     ):
         text = config.text
         options = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
-        self.visual = VisionTower(config.vision, remat=remat, **options)
+        self.visual = VisionTower(config.vision, remat=remat if vision_remat is None else vision_remat, **options)
         # Tied logits start with variance 1. An untied embedding starts at the scale of what the merger and the layers
         # write into the stream, so that a token's identity is not drowned by the first layer's output.
         embedding_scale = text.hidden_size**-0.5 if text.tie_word_embeddings else 1.0

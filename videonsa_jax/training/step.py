@@ -85,8 +85,14 @@ class Rows:
 
 def make_model(model: ModelConfig, train: TrainConfig, seed: int) -> VideoNSA:
     """A model with random float32 parameters, computing in `train.dtype`."""
-    dtype = jnp.dtype(train.dtype)
-    return VideoNSA(model, rngs=nnx.Rngs(seed), dtype=dtype, param_dtype=jnp.float32, remat=train.remat)
+    return VideoNSA(
+        model,
+        rngs=nnx.Rngs(seed),
+        dtype=jnp.dtype(train.dtype),
+        param_dtype=jnp.float32,
+        remat=train.remat,
+        vision_remat=train.vision_remat,
+    )
 
 
 def init_state(
