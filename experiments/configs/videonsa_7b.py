@@ -40,5 +40,7 @@ def nsa_video_7b() -> Experiment:
         ),
         optimizer=OptimizerConfig(),
         mesh=MeshConfig(data=1, fsdp=-1),
-        train=TrainConfig(steps=6750, accumulation=4, dtype="bfloat16", remat="full", save_every=250),
+        train=TrainConfig(
+            steps=6750, accumulation=4, dtype="bfloat16", remat="attention_outputs", vision_remat="full", save_every=250
+        ),
     )
