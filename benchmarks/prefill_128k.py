@@ -21,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,6 +37,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.step_time import nsa_options
+from experiments.timing import turn
 from pallas_kernels import block_means, block_selection, compressed_attention, nsa_attention, prefix_attention
 from videonsa_jax.checkpoints import hf_config
 from videonsa_jax.configs import ModelConfig, qwen2_5_vl_7b, tiny
@@ -94,28 +96,39 @@ def cudnn_visual(_: Attention, query: jax.Array, visual_kv: tuple, *rest: Any) -
     return out.reshape(query.shape)
 
 
-def first_of_stack(layers: nnx.Module, index: int) -> nnx.Module:
+def one_of_stack(layers: nnx.Module, index: int) -> nnx.Module:
     """One layer of a stack."""
     graphdef, state = nnx.split(layers)
     return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], state))
 
 
 class Prefill:
-    """The language model, its inputs, and what was measured; parts run in any order."""
+    """The language model, its programs, and what was measured.
 
-    def __init__(self, model: ModelConfig, steps: int, side: int, samples: int, file: Path):
-        self.model, self.samples, self._file = model, samples, file
-        self.steps, self.side = steps, side
-        self.tokens = steps * side**2
-        self.dtype = jnp.bfloat16
-        make = functools.partial(Decoder, model.text, model.nsa, dtype=self.dtype, param_dtype=self.dtype)
-        self.graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
-        self.params = jax.jit(lambda: nnx.split(make(rngs=nnx.Rngs(0)))[1])()
-        self.visual = jax.jit(embedded_video, static_argnums=(0, 1, 2))(steps, side, model.text.hidden_size)
-        self.text = jax.random.normal(jax.random.key(1), (1, 1, TEXT_TOKENS, model.text.hidden_size), self.dtype)
-        self.piece = whole_piece(model, steps, side)
-        self.record: dict[str, Any] = {"parts": {}, "failed": {}}
+    Attributes:
+      tokens: visual tokens.
+      record: what is saved.
+    """
+
+    def __init__(self, model: ModelConfig, steps: int, side: int, samples: dict[str, int], file: Path):
+        self.model, self.tokens, self._samples, self._file = model, steps * side**2, samples, file
+        self._options = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+        self._graphdef, _ = nnx.split(nnx.eval_shape(self._decoder))
+        self._piece = whole_piece(model, steps, side)
+        self._make = functools.partial(self._inputs, steps, side)
+        self._shapes = jax.eval_shape(self._make)
+        self._programs: dict[str, tuple[Any, float]] = {}
+        self._arrays: tuple[Any, ...] = ()
         self._layer_arrays: tuple[jax.Array, ...] = ()
+        self.record: dict[str, Any] = {"parts": {}, "failed": {}}
+
+    def _decoder(self) -> Decoder:
+        return Decoder(self.model.text, self.model.nsa, rngs=nnx.Rngs(0), **self._options)
+
+    def _inputs(self, steps: int, side: int) -> tuple[Any, jax.Array, jax.Array]:
+        hidden = self.model.text.hidden_size
+        text = jax.random.normal(jax.random.key(1), (1, 1, TEXT_TOKENS, hidden), jnp.bfloat16)
+        return nnx.split(self._decoder())[1], embedded_video(steps, side, hidden), text
 
     def attempt(self, name: str, part: Callable[[], dict[str, Any]]) -> None:
         """Runs a part, keeps and prints its result, or why there is none."""
@@ -133,62 +146,97 @@ class Prefill:
         partial.write_text(json.dumps(self.record, indent=1, default=str) + "\n")
         partial.replace(self._file)
 
-    def release(self) -> None:
-        """Frees the device's memory; what needs the arrays must have run."""
-        self._layer_arrays = self.params = self.visual = ()
+    def _compile(self, name: str, function: Callable[..., Any], shapes: Any) -> None:
+        start = time.perf_counter()
+        self._programs[name] = (jax.jit(function).lower(*shapes).compile(), time.perf_counter() - start)
 
-    def whole(self, kind: str) -> dict[str, Any]:
-        """All layers; the cache is made anew in every call."""
+    def compile_inputs(self) -> None:
+        """Compiles what makes the weights and the hidden states, and a layer's queries, keys, values and gates."""
+        self._compile("inputs", self._make, ())
+        self._compile("layer arrays", self._project, self._shapes)
 
-        def prefill(params: Any, visual: jax.Array, text: jax.Array, piece: Piece) -> Any:
-            cache = empty_cache(self.model.text, 1, 1, self.tokens, TEXT_TOKENS, self.dtype)
-            places = piece.places(self.model.text)
-            decoder = nnx.merge(self.graphdef, params)
-            return extend(decoder, (visual, text), cache, places, AttentionOptions(kind), is_whole=True)
+    def compile_whole(self, kind: str) -> None:
+        """Compiles the prefill through all layers: "nsa", "dense", or "cudnn" for dense attention by cuDNN."""
 
-        return self._timed(prefill, self.params, self.visual, self.text, self.piece)
+        def prefill(params: Any, visual: jax.Array, text: jax.Array) -> Any:
+            cache = empty_cache(self.model.text, 1, 1, self.tokens, TEXT_TOKENS, jnp.bfloat16)
+            places = self._piece.places(self.model.text)
+            options = AttentionOptions("nsa" if kind == "nsa" else "dense")
+            decoder = nnx.merge(self._graphdef, params)
+            return extend(decoder, (visual, text), cache, places, options, is_whole=True)
 
-    def attention(self, kind: str) -> dict[str, Any]:
-        """A layer's visual attention by itself, on what the second layer makes of the hidden states."""
-        arrays = self.layer_arrays()
+        replaced = mock.patch.object(Attention, "_dense_visual", cudnn_visual)
+        with replaced if kind == "cudnn" else contextlib.nullcontext():
+            self._compile(kind, prefill, self._shapes)
+
+    def compile_attention(self, kind: str) -> None:
+        """Compiles a layer's visual attention by itself."""
+
+        def dense(q: jax.Array, k: jax.Array, v: jax.Array, _: jax.Array) -> jax.Array:
+            visible = jnp.broadcast_to(jnp.arange(self.tokens) + 1, (1, 1, self.tokens))
+            return prefix_attention(q[:, None], k, v, visible)[0][:, 0]
+
         operations = {
-            "nsa": functools.partial(nsa_attention, lengths=self.piece.visual_lengths, **nsa_options(self.model)),
-            "dense": lambda q, k, v, _: self.dense(q, k, v),
+            "nsa": functools.partial(nsa_attention, lengths=self._piece.visual_lengths, **nsa_options(self.model)),
+            "dense": dense,
             "cudnn": lambda q, k, v, _: cudnn_visual(None, q, (k, v)),
         }
-        return self._timed(operations[kind], *arrays)
+        shapes = jax.eval_shape(self._project, *self._shapes)
+        self._compile(f"attention {kind}", operations[kind], shapes)
 
-    def dense(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """Dense causal attention over visual keys by this library's kernels."""
-        visible = jnp.broadcast_to(jnp.arange(self.tokens) + 1, (1, 1, self.tokens))
-        return prefix_attention(q[:, None], k, v, visible)[0][:, 0]
+    def _project(self, params: Any, visual: jax.Array, text: jax.Array) -> tuple[jax.Array, ...]:
+        layers, places = nnx.merge(self._graphdef, params).layers, self._piece.places(self.model.text)
+        hidden = one_of_stack(layers, 0)((visual, text), places, AttentionOptions("nsa"))
+        layer = one_of_stack(layers, 1)
+        (normed, _), keys_values, _ = layer.project(hidden, places)
+        attention = layer.self_attn
+        return attention.queries(normed, places.visual_tables), *keys_values, attention.gate_logits(normed)
 
-    def layer_arrays(self) -> tuple[jax.Array, ...]:
-        """Queries, keys, values and gate logits of a layer's visual stream; made once."""
-        if self._layer_arrays:
-            return self._layer_arrays
+    def make_inputs(self) -> dict[str, Any]:
+        """Makes the weights and the hidden states on the device."""
+        program, seconds = self._programs["inputs"]
+        start = time.perf_counter()
+        self._arrays = jax.block_until_ready(program())
+        self._layer_arrays = jax.block_until_ready(self._programs["layer arrays"][0](*self._arrays))
+        return {"seconds": time.perf_counter() - start, "compile_seconds": seconds}
 
-        def project(params: Any, visual: jax.Array, text: jax.Array, piece: Piece) -> tuple[jax.Array, ...]:
-            layers, places = nnx.merge(self.graphdef, params).layers, piece.places(self.model.text)
-            hidden = first_of_stack(layers, 0)((visual, text), places, AttentionOptions("nsa"))
-            layer = first_of_stack(layers, 1)
-            (normed, _), keys_values, _ = layer.project(hidden, places)
-            attention = layer.self_attn
-            return attention.queries(normed, places.visual_tables), *keys_values, attention.gate_logits(normed)
+    def release(self) -> None:
+        """Frees the device's memory."""
+        self._arrays = self._layer_arrays = ()
 
-        self._layer_arrays = jax.block_until_ready(jax.jit(project)(self.params, self.visual, self.text, self.piece))
-        return self._layer_arrays
+    def time(self, name: str) -> dict[str, Any]:
+        """Times a program: a whole prefill, the cache made anew in every call, or a layer's attention."""
+        program, compiling = self._programs[name]
+        arguments = self._layer_arrays if name.startswith("attention") else self._arrays
+        times = []
+        for _ in range(self._samples.get(name, self._samples["default"]) + 1):
+            start = time.perf_counter()
+            result = jax.block_until_ready(program(*arguments))
+            times.append(time.perf_counter() - start)
+            finite = bool(jnp.all(jnp.isfinite(jax.tree.leaves(result)[0].astype(jnp.float32))))
+            del result
+        return {
+            "seconds": statistics.median(times[1:]),
+            "compile_seconds": compiling,
+            "samples": times[1:],
+            "finite": finite,
+            "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+        }
 
-    def overlap(self) -> dict[str, Any]:
-        """How much of a query's choice its neighbour chose too, and 16 queries' choices over one's."""
+    def compile_choice(self) -> None:
+        """Compiles a layer's choice of blocks."""
         size, count = self.model.nsa.block_size, self.model.nsa.block_count
 
-        def choose(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        def choose(q: jax.Array, k: jax.Array, v: jax.Array, _: jax.Array) -> jax.Array:
             k_blocks, v_blocks = block_means(k, size), block_means(v, size)
             _, lse = compressed_attention(q, k_blocks, v_blocks, block_size=size)
             return block_selection(q, k_blocks, lse, block_size=size, block_count=count)
 
-        chosen = np.asarray(jax.jit(choose)(*self.layer_arrays()[:3]))[0]
+        self._compile("choice", choose, jax.eval_shape(self._project, *self._shapes))
+
+    def overlap(self) -> dict[str, Any]:
+        """How much of a query's choice its neighbour chose too, and 16 queries' choices over one's."""
+        chosen = np.asarray(self._programs["choice"][0](*self._layer_arrays))[0]
         common, union = [], []
         for start in range(self.tokens // 2, self.tokens - 16, max(self.tokens // 128, 1)):
             for head in range(chosen.shape[1]):
@@ -197,33 +245,17 @@ class Prefill:
                 union.append(len(set.union(*tile)) / len(tile[0]))
         return {"common_with_next": float(np.mean(common)), "union_of_16": float(np.mean(union))}
 
-    def _timed(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-        start = time.perf_counter()
-        program = jax.jit(function).lower(*arguments).compile()
-        compiling, times = time.perf_counter() - start, []
-        for _ in range(self.samples + 1):
-            start = time.perf_counter()
-            result = jax.block_until_ready(program(*arguments))
-            times.append(time.perf_counter() - start)
-            finite = bool(jnp.all(jnp.isfinite(jax.tree.leaves(result)[0].astype(jnp.float32))))
-            del result
-        analysis = program.memory_analysis()
-        return {
-            "seconds": statistics.median(times[1:]),
-            "compile_seconds": compiling,
-            "samples": times[1:],
-            "finite": finite,
-            "temporary_bytes": analysis.temp_size_in_bytes,
-        }
 
-
-def transformers_prefill(model: ModelConfig, tokens: int, samples: int, python: str) -> dict[str, Any]:
+def transformers_prefill(
+    model: ModelConfig, tokens: int, samples: int, python: str, share: Path | None
+) -> dict[str, Any]:
     """transformers' language model in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="prefill_") as folder:
         hf_config.write_config(Path(folder), model, "bfloat16")
         script = Path(__file__).with_name("prefill_128k_torch.py")
         command = [python, str(script), folder, str(tokens + TEXT_TOKENS), str(samples)]
-        subprocess.run(command, check=True)
+        with turn(share):
+            subprocess.run(command, check=True)
         return json.loads((Path(folder) / "times.json").read_text())
 
 
@@ -231,7 +263,7 @@ def summary(parts: dict[str, Any], layers: int) -> dict[str, float]:
     """Ratios of times, and the share of each whole that is attention."""
     seconds = {name: part["seconds"] for name, part in parts.items() if "seconds" in part}
     found = {}
-    for name, other in (("dense", "dense"), ("dense cudnn", "cuDNN"), ("transformers", "transformers")):
+    for name, other in (("dense", "dense"), ("cudnn", "cuDNN's dense"), ("transformers", "transformers")):
         if {"nsa", name} <= set(seconds):
             found[f"NSA times as fast as {other}"] = seconds[name] / seconds["nsa"]
     for whole, attention in (
@@ -244,13 +276,6 @@ def summary(parts: dict[str, Any], layers: int) -> dict[str, float]:
     return found
 
 
-@contextlib.contextmanager
-def cudnn() -> Iterator[None]:
-    """Dense attention of the visual stream by cuDNN."""
-    with mock.patch.object(Attention, "_dense_visual", cudnn_visual):
-        yield
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -258,33 +283,42 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=3, help="timed runs of each program")
     parser.add_argument("--torch-python", default=sys.executable, help="a Python with torch and transformers")
     parser.add_argument("--no-torch", action="store_true", help="leave transformers out")
+    parser.add_argument("--share", type=Path, help="file whose lock is held while the device works, not to compile")
     parser.add_argument("--tiny", action="store_true", help="a small model and 128 tokens")
     options = parser.parse_args(arguments)
     model, steps, side = (tiny(), 8, 4) if options.tiny else (qwen2_5_vl_7b(), STEPS, SIDE)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
-    prefill = Prefill(model, steps, side, options.samples, options.json)
+    # Two or three seconds of dense attention a layer's worth: one run after the first.
+    samples = {"default": options.samples, "dense": 1, "cudnn": 1}
+    prefill = Prefill(model, steps, side, samples, options.json)
     prefill.record |= environment() | {"xla_flags": os.environ.get("XLA_FLAGS", ""), "tokens": prefill.tokens}
-
-    def with_cudnn(part: Callable[[str], dict[str, Any]], kind: str) -> dict[str, Any]:
-        with cudnn():
-            return part(kind)
-
-    prefill.attempt("nsa", functools.partial(prefill.whole, "nsa"))
-    prefill.attempt("dense", functools.partial(prefill.whole, "dense"))
-    prefill.attempt("attention nsa", functools.partial(prefill.attention, "nsa"))
-    prefill.attempt("attention dense", functools.partial(prefill.attention, "dense"))
-    if jax.default_backend() == "gpu":
-        prefill.attempt("dense cudnn", functools.partial(with_cudnn, prefill.whole, "dense"))
-        prefill.attempt("attention cudnn", functools.partial(prefill.attention, "cudnn"))
-    prefill.attempt("overlap", prefill.overlap)
-    if not options.no_torch:
-        prefill.release()
-        run = functools.partial(transformers_prefill, model, prefill.tokens, options.samples, options.torch_python)
-        prefill.attempt("transformers", run)
-    prefill.record["summary"] = summary(prefill.record["parts"], model.text.num_hidden_layers)
+    kinds = ("nsa", "dense", *(("cudnn",) if jax.default_backend() == "gpu" else ()))
+    torch_first = functools.partial(
+        transformers_prefill, model, prefill.tokens, options.samples, options.torch_python, options.share
+    )
+    with ThreadPoolExecutor(4) as pool:  # transformers runs while this process compiles
+        transformers = None if options.no_torch else pool.submit(torch_first)
+        prefill.compile_inputs()
+        for kind in kinds:
+            prefill.attempt(f"compile {kind}", functools.partial(compiled, prefill, kind))
+        prefill.attempt("compile choice", lambda: prefill.compile_choice() or {})
+        if transformers is not None:
+            prefill.attempt("transformers", transformers.result)
+        with turn(options.share):
+            prefill.attempt("inputs", prefill.make_inputs)
+            for name in (*kinds, *(f"attention {kind}" for kind in kinds)):
+                prefill.attempt(name, functools.partial(prefill.time, name))
+            prefill.attempt("overlap", prefill.overlap)
     prefill.record["seconds"] = time.perf_counter() - begin
-    prefill.attempt("summary", lambda: prefill.record["summary"])
+    prefill.attempt("summary", lambda: summary(prefill.record["parts"], model.text.num_hidden_layers))
+
+
+def compiled(prefill: Prefill, kind: str) -> dict[str, Any]:
+    """Compiles the whole and the attention of a kind."""
+    prefill.compile_whole(kind)
+    prefill.compile_attention(kind)
+    return {}
 
 
 if __name__ == "__main__":

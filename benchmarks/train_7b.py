@@ -13,6 +13,7 @@ Programs are compiled side by side; results are saved after every part, and a pa
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -21,7 +22,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,16 @@ if "XLA_FLAGS" not in os.environ and os.environ.get("JAX_PLATFORMS") != "cpu":
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks.real_samples import FRAMES, GRID, TEXT_TOKENS, real_shaped_batch
 from benchmarks.step_time import attention_arrays, nsa_options
 from experiments import configs
-from experiments.timing import relative_error
+from experiments.timing import relative_error, turn
 from pallas_kernels import nsa_attention
-from videonsa_jax.configs import ModelConfig, tiny
-from videonsa_jax.models.vision import patch_places
-from videonsa_jax.streams import Batch, TrainBatch, Visual, split_streams
+from videonsa_jax.configs import tiny
+from videonsa_jax.streams import Batch, TrainBatch
 from videonsa_jax.training.config import Experiment, MeshConfig
 from videonsa_jax.training.environment import environment
 from videonsa_jax.training.flops import forward_flops, peak_flops_per_second, train_flops
@@ -58,8 +58,6 @@ from videonsa_jax.training.step import (
 )
 
 PAPER_SAMPLES, PAPER_BATCH = 216_000, 32  # VideoNSA, App. B and Q
-FRAMES, GRID = 225, (12, 20)  # grid steps, and patches of each along its height and width
-TEXT_TOKENS, TEXT_BEFORE, ANSWER_TOKENS = 128, 24, 32
 CASES = tuple((attention, questions) for questions in (1, 4) for attention in ("nsa", "dense"))
 
 
@@ -90,6 +88,10 @@ class Programs:
         """The program, once it is compiled."""
         return self._futures[name].result()
 
+    def wait(self) -> None:
+        """Waits for all programs; what failed is raised where it is asked for."""
+        wait(self._futures.values())
+
     def close(self) -> None:
         """Leaves what is still compiling."""
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -102,78 +104,6 @@ def _compile(lowered: Any, tracing: float) -> Compiled:
     analysis = program.memory_analysis()
     names = ("argument", "output", "alias", "temp")
     return Compiled(program, seconds, {name: getattr(analysis, f"{name}_size_in_bytes") for name in names})
-
-
-def moving_pattern(frames: int, grid: tuple[int, int], model: ModelConfig, seed: int) -> np.ndarray:
-    """Patches [F, P, patch_dim] of a video of drifting gratings, with a little noise; uint8."""
-    vision, draw = model.vision, np.random.default_rng(seed)
-    patches = grid[0] * grid[1]
-    rows, columns, _ = (np.asarray(x) for x in patch_places(np.asarray(grid), patches, vision.spatial_merge_size))
-    inside = np.arange(vision.patch_size)
-    y = (rows[:, None, None] * vision.patch_size + inside[:, None]).astype(np.float32)
-    x = (columns[:, None, None] * vision.patch_size + inside).astype(np.float32)
-    shape = (patches, vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
-    video = np.empty((frames, *shape), np.uint8)
-    waves = draw.uniform(-1, 1, (6, 4, vision.in_channels)).astype(np.float32)
-    for frame in range(frames):
-        for place in range(vision.temporal_patch_size):
-            seconds = (frame * vision.temporal_patch_size + place) / 4
-            for channel in range(vision.in_channels):
-                a, b, c, d = waves[..., channel].T
-                value = sum(np.sin(0.1 * (a[i] * x + b[i] * y) + c[i] * seconds + 6 * d[i]) for i in range(len(waves)))
-                video[frame, :, channel, place] = np.clip(128 + 30 * value, 0, 255)
-    noise = draw.integers(0, 8, video.shape[1:], dtype=np.uint8)
-    return (video // 2 + noise).reshape(frames, patches, vision.patch_dim)
-
-
-def real_shaped_batch(
-    model: ModelConfig, contexts: int, questions: int, frames: int = FRAMES, grid: tuple[int, int] = GRID
-) -> TrainBatch:
-    """Contexts of one video each, with as many questions; the visual stream padded to whole blocks of 64."""
-    vision, merge = model.vision, model.vision.spatial_merge_size
-    tokens = frames * grid[0] * grid[1] // merge**2
-    padded = -(-tokens // 64) * 64
-    visual = Visual((frames, grid[0] // merge, grid[1] // merge), seconds_per_grid=vision.temporal_patch_size / 4)
-    draw = np.random.default_rng(0)
-    words = draw.integers(0, model.text.vocab_size, TEXT_TOKENS).tolist()
-    split = split_streams(
-        [words[:TEXT_BEFORE], visual, words[TEXT_BEFORE:]],
-        tokens_per_second=model.text.tokens_per_second,
-        mrope=model.mrope,
-    )
-
-    def visual_row(x: np.ndarray) -> np.ndarray:
-        x = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - tokens)])[..., None, :]
-        return np.ascontiguousarray(np.broadcast_to(x, (*x.shape[:-2], contexts, padded)), np.int32)
-
-    def text_rows(x: np.ndarray) -> np.ndarray:
-        x = x[..., None, None, :]
-        return np.ascontiguousarray(np.broadcast_to(x, (*x.shape[:-3], contexts, questions, TEXT_TOKENS)), np.int32)
-
-    # Rows of a context share what stands before their video.
-    text_tokens = draw.integers(0, model.text.vocab_size, (contexts, questions, TEXT_TOKENS)).astype(np.int32)
-    text_tokens[..., :TEXT_BEFORE] = text_tokens[:, :1, :TEXT_BEFORE]
-    rows = (contexts, questions)
-    videos = [moving_pattern(frames, grid, model, seed) for seed in range(contexts)]
-    inputs = Batch(
-        patches=np.stack(videos),
-        frame_grids=np.broadcast_to(np.asarray(grid, np.int32), (contexts, frames, 2)).copy(),
-        visual_source=visual_row(np.arange(tokens)),
-        visual_positions=visual_row(split.visual_positions),
-        visual_lengths=np.full(contexts, tokens, np.int32),
-        visible_text=visual_row(split.visible_text),
-        text_tokens=text_tokens,
-        text_positions=text_rows(split.text_positions),
-        text_lengths=np.full(rows, TEXT_TOKENS, np.int32),
-        visible_visual=text_rows(split.visible_visual),
-    )
-    is_answer = np.arange(TEXT_TOKENS) >= TEXT_TOKENS - ANSWER_TOKENS
-    return TrainBatch(
-        inputs=inputs,
-        targets=np.roll(text_tokens, -1, axis=-1),
-        loss_weights=np.broadcast_to(is_answer, (*rows, TEXT_TOKENS)).astype(np.float32),
-        sample_ids=np.arange(contexts * questions, dtype=np.int32).reshape(rows),
-    )
 
 
 class Benchmark:
@@ -462,10 +392,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--remat", default="", help="of the decoder; default the config's")
     parser.add_argument("--vision-remat", default="", help="of the vision tower; default the config's")
     parser.add_argument("--cases", default="", help="such as 'nsa 1,dense 4': attention and questions; default all")
+    parser.add_argument("--leave-out", default="", help="'vision', 'update' or both")
     parser.add_argument("--samples", type=int, default=3, help="timed runs of each program")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no part after so many")
     parser.add_argument("--check", action="store_true", help="compare the kernels with plain XLA first")
     parser.add_argument("--profile", type=Path, help="folder for a trace of the first case")
+    parser.add_argument("--share", type=Path, help="file whose lock is held while the devices work, not to compile")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and a short video")
     options = parser.parse_args(arguments)
     begin = time.perf_counter()
@@ -488,23 +420,29 @@ def main(arguments: list[str] | None = None) -> None:
         return time.perf_counter() - begin > options.seconds
 
     benchmark.compile_init()
-    benchmark.compile_update()
+    if "update" not in options.leave_out:
+        benchmark.compile_update()
     benchmark.compile_accumulate(*cases[0])
-    benchmark.compile_vision()
+    if "vision" not in options.leave_out:
+        benchmark.compile_vision()
     if options.check:
         benchmark.compile_check()
+    for case in cases[1:]:
+        benchmark.compile_accumulate(*case)
+    benchmark.programs.wait()
+    stack = contextlib.ExitStack()
+    stack.enter_context(turn(options.share))  # until the end: the state stays on the device
+    benchmark.record["waited_seconds"] = time.perf_counter() - begin
+    if options.check:
         benchmark.attempt("check", benchmark.check)
     benchmark.attempt("init", benchmark.time_init)
-    for case in cases[1:]:
-        if not late():
-            benchmark.compile_accumulate(*case)
-    for name in ("vision f", "vision f+b"):
+    for name in () if "vision" in options.leave_out else ("vision f", "vision f+b"):
         benchmark.attempt(name, functools.partial(benchmark.time_vision, name))
     for case in cases:
         if not late():
             name = "{} {}".format(*case)
             benchmark.attempt(name, functools.partial(benchmark.time_accumulate, *case))
-    if not late():
+    if not late() and "update" not in options.leave_out:
         benchmark.attempt("update", functools.partial(benchmark.time_update, cases[0][0]))
     if options.profile:
         benchmark.attempt("profile", functools.partial(benchmark.profile, cases[0][0], options.profile))
@@ -514,6 +452,7 @@ def main(arguments: list[str] | None = None) -> None:
     benchmark.record["device"] |= benchmark._peak()
     benchmark.save()
     benchmark.programs.close()
+    stack.close()
     print(
         f"{benchmark.record['seconds']:.0f} s; GPU hours of 216,000 questions:", benchmark.record["gpu_hours_of_216000"]
     )

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from videonsa_jax.models.placement import split_by_context
 from videonsa_jax.models.remat import checkpointed, weight_product
 
 UNROLLED_LAYERS = 4
@@ -46,7 +47,7 @@ def _dot_general(
     # The kernel's gradient sums over all leading axes. Where there are several, XLA's CPU backend first copies both
     # operands. Elsewhere, flattening gains nothing and merges axes that may be split over devices.
     plain = functools.partial(jax.lax.dot_general, dimension_numbers=dimensions, **options)
-    return weight_product(jax.lax.platform_dependent(x, kernel, cpu=rows_flattened, default=plain))
+    return weight_product(split_by_context(jax.lax.platform_dependent(x, kernel, cpu=rows_flattened, default=plain)))
 
 
 def linear(

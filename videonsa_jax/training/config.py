@@ -73,7 +73,8 @@ class TrainConfig:
       param_dtype: of the parameters and their gradients; in bfloat16, the optimiser's state has float32 masters, which
         are what it updates and what is exported.
       remat: what the backward pass keeps of each layer: "none" (everything), "full" (nothing: all is computed again),
-        "minimal" (products with weights) or "attention_outputs" (what attention returns and its gradient reads).
+        "minimal" (products with weights), "attention_outputs" (what attention returns and its gradient reads) or
+        "minimal_and_attention_outputs" (both).
       vision_remat: likewise of the vision tower's layers; None: as `remat`.
       frozen: parameters that stay as they are: "vision", "merger", "llm" or regular expressions for their paths
         (training/frozen.py), comma-separated on the command line.
