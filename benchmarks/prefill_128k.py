@@ -116,7 +116,8 @@ class Prefill:
         self._graphdef, _ = nnx.split(nnx.eval_shape(self._decoder))
         self._piece = whole_piece(model, steps, side)
         self._make = functools.partial(self._inputs, steps, side)
-        self._shapes = jax.eval_shape(self._make)
+        # The piece as well: of constants, XLA would compute the rotary tables while it compiles.
+        self._shapes = (*jax.eval_shape(self._make), jax.eval_shape(lambda: self._piece))
         self._programs: dict[str, tuple[Any, float]] = {}
         self._arrays: tuple[Any, ...] = ()
         self._layer_arrays: tuple[jax.Array, ...] = ()
@@ -158,9 +159,9 @@ class Prefill:
     def compile_whole(self, kind: str) -> None:
         """Compiles the prefill through all layers: "nsa", "dense", or "cudnn" for dense attention by cuDNN."""
 
-        def prefill(params: Any, visual: jax.Array, text: jax.Array) -> Any:
+        def prefill(params: Any, visual: jax.Array, text: jax.Array, piece: Piece) -> Any:
             cache = empty_cache(self.model.text, 1, 1, self.tokens, TEXT_TOKENS, jnp.bfloat16)
-            places = self._piece.places(self.model.text)
+            places = piece.places(self.model.text)
             options = AttentionOptions("nsa" if kind == "nsa" else "dense")
             decoder = nnx.merge(self._graphdef, params)
             return extend(decoder, (visual, text), cache, places, options, is_whole=True)
@@ -184,8 +185,8 @@ class Prefill:
         shapes = jax.eval_shape(self._project, *self._shapes)
         self._compile(f"attention {kind}", operations[kind], shapes)
 
-    def _project(self, params: Any, visual: jax.Array, text: jax.Array) -> tuple[jax.Array, ...]:
-        layers, places = nnx.merge(self._graphdef, params).layers, self._piece.places(self.model.text)
+    def _project(self, params: Any, visual: jax.Array, text: jax.Array, piece: Piece) -> tuple[jax.Array, ...]:
+        layers, places = nnx.merge(self._graphdef, params).layers, piece.places(self.model.text)
         hidden = one_of_stack(layers, 0)((visual, text), places, AttentionOptions("nsa"))
         layer = one_of_stack(layers, 1)
         (normed, _), keys_values, _ = layer.project(hidden, places)
@@ -196,7 +197,7 @@ class Prefill:
         """Makes the weights and the hidden states on the device."""
         program, seconds = self._programs["inputs"]
         start = time.perf_counter()
-        self._arrays = jax.block_until_ready(program())
+        self._arrays = (*jax.block_until_ready(program()), self._piece)
         self._layer_arrays = jax.block_until_ready(self._programs["layer arrays"][0](*self._arrays))
         return {"seconds": time.perf_counter() - start, "compile_seconds": seconds}
 
