@@ -98,7 +98,5 @@ def test_the_vision_tower_may_have_a_policy_of_its_own() -> None:
 
 
 def test_an_unknown_policy_is_named() -> None:
-    with pytest.raises(
-        ValueError, match="remat is 'some', expected one of none, full, minimal, attention_outputs"
-    ):
+    with pytest.raises(ValueError, match="remat is 'some', expected one of none, full, minimal, attention_outputs"):
         checkpointed(jnp.sin, "some", prevent_cse=True)

@@ -26,7 +26,7 @@ class Windows:
 
     Attributes:
       number: equal for patches of the same window, which are contiguous; `PADDING` where there is no patch.
-      size: patches of a full window; none has more. Divides P, or is at least P.
+      size: patches of a full window; none has more.
     """
 
     number: Int[Array, "F P"]
@@ -57,8 +57,13 @@ def attend_patches(
     Returns:
       Output in q's dtype, 0 where there is no patch. Softmax in float32.
     """
-    kind = jnp.where(is_full, 0, jnp.where(windows.stay_in_blocks(), 1, 2))
-    return _attend(q, k, v, windows.number, kind, windows.size)
+    # Tiles are whole, or a frame lies within one. Only here: products with weights have no padded patches to see.
+    patches = q.shape[1]
+    fill = -patches % windows.size if patches > windows.size else 0
+    number = jnp.pad(windows.number, [(0, 0), (0, fill)], constant_values=PADDING)
+    q, k, v = (jnp.pad(x, [(0, 0), (0, fill), (0, 0), (0, 0)]) for x in (q, k, v))
+    kind = jnp.where(is_full, 0, jnp.where(Windows(number, windows.size).stay_in_blocks(), 1, 2))
+    return _attend(q, k, v, number, kind, windows.size)[:, :patches]
 
 
 @dataclass(frozen=True)

@@ -213,17 +213,14 @@ def _window_by_window(
     # Whole merge groups move: a window never cuts one.
     group = merge * merge
     order = jnp.argsort(number[:, ::group], axis=1, stable=True)
-    fill = -patches.shape[1] % (side * side)
 
-    def reorder(x: Array, padding: int = 0) -> Array:
-        moved = _take(x.reshape(*order.shape, group, *x.shape[2:]), order).reshape(x.shape)
-        return jnp.pad(moved, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2), constant_values=padding)
+    def reorder(x: Array) -> Array:
+        return _take(x.reshape(*order.shape, group, *x.shape[2:]), order).reshape(x.shape)
 
     def restore(merged: Array) -> Array:
-        return _take(merged[:, : order.shape[1]], jnp.argsort(order, axis=1))
+        return _take(merged, jnp.argsort(order, axis=1))
 
-    windows = Windows(reorder(number, PADDING), side * side)
-    return reorder(patches), reorder(rows), reorder(columns), windows, restore
+    return reorder(patches), reorder(rows), reorder(columns), Windows(reorder(number), side * side), restore
 
 
 def _take(x: Array, permutation: Array) -> Array:
