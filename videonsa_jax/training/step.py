@@ -91,7 +91,7 @@ def make_model(model: ModelConfig, train: TrainConfig, seed: int) -> VideoNSA:
         dtype=jnp.dtype(train.dtype),
         param_dtype=jnp.float32,
         remat=train.remat,
-        vision_remat=train.vision_remat,
+        vision_remat=None if train.vision_remat == "same" else train.vision_remat,
     )
 
 
