@@ -4,7 +4,8 @@
     python -m experiments.generate --model=DIR --video=clip.mp4 --prompt="..."
 
 Reads the last checkpoint of a run of `experiments.train` (the same --config, --set and --workdir). The processor's
-files come from the run's `pretrained` folder or else are made from its tokenizer.
+files come from the run's `pretrained` folder or else are made from its tokenizer. A run that is told --set
+train.export=bfloat16 (or float32) does this at its end, in its folder `export`.
 """
 
 import argparse
@@ -12,16 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
-
-import videonsa_jax as vn
 from experiments.runs import add_run, named_run
-from videonsa_jax.data.pipeline import open_chat
-from videonsa_jax.processor import Processor, load_processor, make_processor
-from videonsa_jax.training.config import Experiment
 from videonsa_jax.training.errors import UsageError, usage_errors
+from videonsa_jax.training.export import export_model
 from videonsa_jax.training.pretrained import trained_model
 
 
@@ -35,22 +29,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _processor(experiment: Experiment) -> Processor:
-    if experiment.pretrained:
-        return load_processor(experiment.pretrained, experiment.model)
-    return make_processor(open_chat(experiment.data).tokenizer, experiment.model)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = _parser().parse_args(arguments)
     try:
         with usage_errors():
             experiment, workdir = named_run(options)
-            model = trained_model(experiment, workdir)
-            cast = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(options.dtype)), nnx.state(model, nnx.Param))
-            nnx.update(model, cast)
-            vn.save_pretrained(model, _processor(experiment), options.out)
+            export_model(experiment, trained_model(experiment, workdir), options.out, options.dtype)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -27,6 +27,8 @@ from videonsa_jax.data.sources import DataError
 from videonsa_jax.training.config import Experiment, MeshConfig
 from videonsa_jax.training.errors import UsageError, usage_errors
 from videonsa_jax.training.loop import EXIT_DONE, EXIT_PREEMPTED, train
+from videonsa_jax.training.processes import join
+from videonsa_jax.training.profiling import parse_steps
 
 EXIT_USAGE = 2
 
@@ -48,7 +50,13 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         metavar="HOST:PORT,COUNT,INDEX",
-        help="join the other processes first; without a value Slurm, Open MPI, Cloud TPU or Kubernetes says which",
+        help="join these other processes; without it, those that the environment names (docs/training.md), if any; "
+        'without a value, there must be some; "off": none',
+    )
+    parser.add_argument(
+        "--profile",
+        metavar="STEPS",
+        help="write a trace of these steps (100 or 100-103) into the run's folder, for xprof or TensorBoard",
     )
     parser.add_argument("--debug", action="store_true", help="show a traceback for errors that you can mend, too")
     return parser
@@ -61,15 +69,6 @@ def _experiment(name: str, overrides: Sequence[str]) -> Experiment:
         settings = " ".join(f"--set {path}=..." for path in missing)
         raise ValueError(f"config {name} needs {', '.join(missing)}: add {settings}")
     return experiment
-
-
-def _join_processes(address: str) -> None:
-    if not address:
-        return jax.distributed.initialize()
-    coordinator, *numbers = address.split(",")
-    if ":" not in coordinator or len(numbers) != 2 or not all(number.isdigit() for number in numbers):
-        raise ValueError(f"--multihost is {address!r}, expected HOST:PORT,COUNT,INDEX")
-    return jax.distributed.initialize(coordinator, int(numbers[0]), int(numbers[1]))
 
 
 def _choose_gpu_products() -> None:
@@ -115,13 +114,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with usage_errors():
             experiment = _experiment(options.config, options.set)
-        if options.multihost is not None:
-            with usage_errors():
-                _join_processes(options.multihost)
-        else:
+            profile = parse_steps(options.profile) if options.profile else range(0)
+        with usage_errors():
+            several = join(options.multihost)
+        if not several:
             _use_all_cores(experiment)
         workdir = options.workdir or Path("runs") / options.config
-        return train(experiment, workdir, preempt_exit_code=options.preempt_exit_code)
+        return train(experiment, workdir, preempt_exit_code=options.preempt_exit_code, profile=profile)
     except (UsageError, DataError) as error:
         if options.debug:
             raise

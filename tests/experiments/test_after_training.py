@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds a finished run, `run`, and its export, `model`."""
     jax.devices()  # `train.main` must not split the CPU into devices for the tests that follow
     folder = tmp_path_factory.mktemp("after_training")
-    assert train.main(command(folder)) == 0
+    assert train.main(command(folder, **{"train.export": "bfloat16"})) == 0
     assert export.main([*command(folder), f"--out={folder / 'model'}"]) == 0
     return folder
 
@@ -59,6 +59,15 @@ def test_an_exported_model_is_the_trained_one(folder: Path) -> None:
     assert exported.keys() == trained.keys()
     for name, value in trained.items():
         np.testing.assert_array_equal(exported[name], value, err_msg=name)
+
+
+def test_a_run_exports_its_model_when_it_is_told_to(folder: Path) -> None:
+    trained = parameters(trained_model(experiment_of(command(folder)), folder / "run"))
+    exported = parameters(load_model(folder / "run" / "export", dtype="bfloat16"))
+    for name, value in trained.items():
+        np.testing.assert_array_equal(exported[name], value.astype(exported[name].dtype), err_msg=name)
+    by_command = {path.name for path in (folder / "model").iterdir()}
+    assert {path.name for path in (folder / "run" / "export").iterdir()} == by_command
 
 
 def test_a_run_starts_from_an_exported_model(folder: Path) -> None:

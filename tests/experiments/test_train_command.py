@@ -136,6 +136,7 @@ def test_a_run_that_was_killed_and_stopped_ends_like_one_that_was_not(
         (["--config=nsa_video", "--set=mesh.tensor=0"], "mesh.tensor is 0"),
         (["--config=nsa_video", "--set=data.source=nowhere.json"], "nowhere.json: no such file"),
         (["--config=nsa_video", "--set=model.text.vocab_size=100"], "expected at most the model's vocab_size 100"),
+        (["--config=nsa_video", "--profile=3-1"], "--profile is '3-1', expected the numbers of steps"),
         (["--config=nsa_video", "--multihost=here"], "--multihost is 'here', expected HOST:PORT,COUNT,INDEX"),
     ],
 )

@@ -1,7 +1,11 @@
-"""Prints the losses of a short run on eight CPU devices, for each mesh named on the command line (a script)."""
+"""Prints the losses of a short run on eight CPU devices, for each mesh named on the command line (a script).
+
+Of two meshes joined by ">", the second takes over after two of the three steps.
+"""
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -30,16 +34,23 @@ loop.init_state, loop.make_forward, loop.make_losses = toy_init_state, toy_make_
 make_mesh = mesh.make_mesh
 results = {}
 for name in sys.argv[1:]:
-    axis, size = name.split("=")
-    loop.make_mesh = lambda config, count=int(size): make_mesh(config, jax.devices()[:count])
-    experiment = tiny_experiment(steps=3)
-    experiment = dataclasses.replace(
-        experiment,
-        mesh=MeshConfig(**({"data": 1} | {axis: int(size)})),
-        data=dataclasses.replace(experiment.data, contexts_per_batch=8, heldout=""),
-    )
-    with tempfile.TemporaryDirectory() as workdir:
-        assert loop.train(experiment, Path(workdir)) == 0
-        lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = Path(folder)
+        for sizes in name.split(">"):
+            config = MeshConfig(
+                **({"data": 1} | {axis: int(size) for axis, size in (x.split("=") for x in sizes.split())})
+            )
+            devices = jax.devices()[: config.data * config.fsdp]
+            loop.make_mesh = lambda config, devices=devices: make_mesh(config, devices)
+            experiment = tiny_experiment(steps=3, save_every=1, keep=3)
+            experiment = dataclasses.replace(
+                experiment,
+                mesh=config,
+                data=dataclasses.replace(experiment.data, contexts_per_batch=8, heldout=""),
+            )
+            (workdir / "report.json").unlink(missing_ok=True)
+            shutil.rmtree(workdir / "checkpoints" / "3", ignore_errors=True)
+            assert loop.train(experiment, workdir) == 0
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     results[name] = [(line["loss"], line["grad_norm"]) for line in lines]
 print(json.dumps(results))

@@ -38,6 +38,28 @@ def test_state_and_progress_come_back_and_old_steps_go(tmp_path: Path) -> None:
     manager.close()
 
 
+def test_every_so_many_steps_a_checkpoint_is_kept_for_good(tmp_path: Path) -> None:
+    with checkpoints.open_checkpoints(tmp_path, keep=2, keep_every=3) as manager:
+        for step in range(1, 9):
+            checkpoints.save(manager, step, STATE, {}, tiny_experiment())
+        manager.wait_until_finished()
+        assert manager.all_steps() == [3, 6, 7, 8]
+    with pytest.raises(ValueError, match=r"train\.keep_every is 5, expected a multiple of save_every \(2\)"):
+        tiny_experiment(keep_every=5)
+
+
+def test_a_step_that_takes_the_state_over_does_not_wait_for_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = []
+    with checkpoints.open_checkpoints(tmp_path, keep=1) as manager:
+        monkeypatch.setattr(manager, "save", lambda step, args, force: saved.append(args.state.item))
+        checkpoints.save(manager, 1, STATE, {}, tiny_experiment())
+    jax.tree.map(np.testing.assert_array_equal, saved[0], STATE)
+    for copy, original in zip(jax.tree.leaves(saved[0]), jax.tree.leaves(STATE), strict=True):
+        assert copy.unsafe_buffer_pointer() != original.unsafe_buffer_pointer()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

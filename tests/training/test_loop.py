@@ -27,7 +27,7 @@ from training_fakes import (
 
 from videonsa_jax.data.sources import DataError
 from videonsa_jax.streams import BATCH_AXIS_SECOND, TrainBatch
-from videonsa_jax.training import loop
+from videonsa_jax.training import loop, spikes
 from videonsa_jax.training.config import Experiment
 from videonsa_jax.training.errors import UsageError
 from videonsa_jax.training.metrics import read_metrics
@@ -135,6 +135,34 @@ def test_a_loss_that_is_not_finite_stops_names_the_samples_and_leaves_a_good_sta
     # The sample is sound the second time: the run goes on as if nothing had happened.
     assert run(tiny_experiment(save_every=0), parts) == 0
     assert losses(parts) == losses(tmp_path / "whole")
+
+
+def test_a_loss_that_jumps_is_logged_with_its_samples(run, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(spikes, "WARM_UP", 4)
+
+    def mislabel(batch: TrainBatch) -> None:
+        batch.targets[1, 0] = (batch.inputs.text_tokens[1, 0] + 1) % 2
+        batch.loss_weights[:] = 0
+        batch.loss_weights[1, 0] = 50
+
+    parts = tmp_path / "parts"
+    assert run(tiny_experiment(steps=8), tmp_path / "whole") == 0
+    assert not (tmp_path / "whole" / "spikes.jsonl").exists()
+    experiment = tiny_experiment(steps=8, spike_sigmas=3.0)
+    assert run(experiment, parts, at_batch(5, mislabel)) == 0
+    spike = json.loads((parts / "spikes.jsonl").read_text().splitlines()[0])
+    assert spike["step"] == 6
+    assert spike["samples"][0]["record"] == "question 502"  # row (1, 0) of batch 5
+    assert spike["loss"] == losses(parts)[6] > spike["median"]
+
+
+def test_steps_are_traced_on_demand(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tiny_experiment(steps=4), tmp_path, profile=range(2, 4)) == 0
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 0
+    assert "step 3: wrote a trace, see it with: xprof" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"--profile names step 5, expected at most train.steps \(4\)"):
+        run(tiny_experiment(steps=4), tmp_path, profile=range(2, 6))
 
 
 def two_in_one(index: int) -> TrainBatch:

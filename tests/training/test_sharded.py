@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 
 
 def test_the_loss_is_the_same_on_every_mesh() -> None:
-    meshes = ("data=1", "data=8", "fsdp=8")
+    meshes = ("data=1", "data=8", "fsdp=8", "fsdp=8>data=2 fsdp=2")
     results = json.loads(run_script("sharded_losses.py", *meshes))
     assert len(results["data=1"]) == 3
     for name in meshes[1:]:

@@ -145,6 +145,7 @@ def random_eval_batch(index: int) -> EvalBatch:
 class FakeRecord:
     family: str
     options: tuple[str, ...] = ("a", "b")
+    id: str = ""
 
 
 class FakeIterator(DataIterator):
@@ -178,8 +179,8 @@ class FakePipeline:
     def __init__(self, split: str, make_train_batch: Any = random_batch, contexts: int = CONTEXTS):
         self.split, self.make_train_batch, self.contexts = split, make_train_batch, contexts
         self.steps_per_epoch = HELDOUT_BATCHES if split == "heldout" else 10
-        count = HELDOUT_BATCHES * CONTEXTS * QUESTIONS
-        self.records = [FakeRecord(FAMILIES[index % 2]) for index in range(count)]
+        # As many as there are sample ids in the batches.
+        self.records = [FakeRecord(FAMILIES[index % 2], id=f"question {index}") for index in range(10_000)]
 
     def iterator(self) -> FakeIterator:
         if self.split == "heldout":

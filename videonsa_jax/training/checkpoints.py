@@ -1,12 +1,13 @@
 """Checkpoints: state, data iterator and config together, a folder per step that is renamed into place when whole."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from videonsa_jax.training.config import Experiment
@@ -25,6 +26,9 @@ FREE_FIELDS = (
     "train.eval_contexts",
     "train.save_every",
     "train.keep",
+    "train.keep_every",
+    "train.spike_sigmas",
+    "train.export",
     "train.tensorboard",
     "data.video_root",
     "data.cache_dir",
@@ -38,14 +42,23 @@ FREE_FIELDS = (
 LATER_FIELDS = {"train.param_dtype": "float32", "optimizer.moment_dtype": "float32", "train.frozen": []}
 
 
-def open_checkpoints(workdir: Path, keep: int) -> ocp.CheckpointManager:
-    """The checkpoints of a run; what a killed save left behind is removed."""
+def open_checkpoints(workdir: Path, keep: int, keep_every: int = 0) -> ocp.CheckpointManager:
+    """The checkpoints of a run; what a killed save left behind is removed.
+
+    Args:
+      workdir: folder of the run.
+      keep: latest ones that are kept.
+      keep_every: those of the steps that this divides are kept too; 0: no others.
+    """
     folder = (workdir / "checkpoints").resolve()
     if jax.process_index() == 0:
         # Orbax's own clearing runs in a thread that an early exit breaks off with a traceback.
         for torn in folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(torn)
-    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+    policies = ocp.checkpoint_managers
+    kept = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
+    options = ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(kept))
+    return ocp.CheckpointManager(folder, options=options)
 
 
 def config_dict(config: Any) -> dict[str, Any]:
@@ -73,6 +86,10 @@ def save(
     """
     if step in manager.all_steps():
         return
+    if any(device.platform == "cpu" for leaf in jax.tree.leaves(state) for device in leaf.devices()):
+        # Host copies of a CPU's arrays are the arrays themselves: the next step, to which they are donated, would wait
+        # until the files are written.
+        state = jax.tree.map(jnp.copy, state)
     manager.save(
         step,
         args=ocp.args.Composite(
@@ -118,11 +135,16 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def flat_config(experiment: Experiment, but: Collection[str] = ()) -> dict[str, Any]:
+    """The values of an experiment's fields by their dotted paths, as JSON has them, without the fields `but`."""
+    return {path: value for path, value in _flatten(config_dict(experiment)).items() if path not in but}
+
+
 def check_same_config(manager: ocp.CheckpointManager, step: int, experiment: Experiment) -> None:
     """Raises a ValueError naming the fields if the checkpoint belongs to another computation."""
     config = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
     saved = LATER_FIELDS | _flatten(config)
-    wanted = _flatten(config_dict(experiment))
+    wanted = flat_config(experiment)
     absent = "absent"
     different = [
         f"{path} was {saved.get(path, absent)!r} and is {wanted.get(path, absent)!r}"

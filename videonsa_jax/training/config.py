@@ -85,7 +85,11 @@ class TrainConfig:
       eval_every: steps between held-out evaluations; 0 = only at the end.
       eval_contexts: held-out contexts per evaluation on the way; 0 = all. The last evaluation asks all.
       save_every: steps between checkpoints; 0 = only at the end and on SIGTERM.
-      keep: checkpoints kept.
+      keep: latest checkpoints kept.
+      keep_every: steps between checkpoints that are kept for good, a multiple of `save_every`; 0 = none.
+      spike_sigmas: how far above the running median a step's loss must lie, in robust standard deviations, to be
+        written to spikes.jsonl with its samples (training/spikes.py); 0 = never.
+      export: dtype of the model that is written as a Hugging Face folder, `export`, when the run is done; empty = none.
       tensorboard: write TensorBoard files beside the JSONL (needs the `eval` extra).
     """
 
@@ -105,6 +109,9 @@ class TrainConfig:
     eval_contexts: int = 0
     save_every: int = 500
     keep: int = 2
+    keep_every: int = 0
+    spike_sigmas: float = 6.0
+    export: Literal["", "float32", "bfloat16"] = ""
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -115,8 +122,13 @@ class TrainConfig:
                 f"train.remat is {self.remat}, expected one of {', '.join(REMATS)}: "
                 f'it was a switch once, and {self.remat} is now "{"full" if self.remat else "none"}"'
             )
-        for name in ("eval_every", "eval_contexts", "save_every", "loss_chunk"):
+        for name in ("eval_every", "eval_contexts", "save_every", "keep_every", "spike_sigmas", "loss_chunk"):
             _require(getattr(self, name) >= 0, "train", name, getattr(self, name), "at least 0")
+        if self.keep_every:
+            is_multiple = self.save_every > 0 and self.keep_every % self.save_every == 0
+            _require(
+                is_multiple, "train", "keep_every", self.keep_every, f"a multiple of save_every ({self.save_every})"
+            )
 
 
 @dataclass(frozen=True)

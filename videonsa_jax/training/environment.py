@@ -1,5 +1,6 @@
 """Where a result comes from: versions, device, command."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -9,20 +10,39 @@ from typing import Any
 
 import jax
 
+import pallas_kernels
+import videonsa_jax
+
 PACKAGES = ("videonsa-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "av", "tokenizers")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # a checkout that is run without being installed
+            found[package] = "not installed"
+    return found
+
+
+def code_digest() -> str:
+    """SHA-256 of this project's source files, of their paths and contents; its first 12 digits."""
+    digest = hashlib.sha256()
+    for package in (videonsa_jax, pallas_kernels):
+        folder = Path(package.__file__).parent
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{folder.name}/{path.relative_to(folder).as_posix()}".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def environment() -> dict[str, Any]:
     """Versions and devices, for the report."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # a checkout that is run without being installed
-            versions[package] = "not installed"
     devices = jax.local_devices()
     return {
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": versions(),
         "device": {
             "platform": devices[0].platform,
             "kind": devices[0].device_kind,

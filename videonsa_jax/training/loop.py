@@ -20,11 +20,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from videonsa_jax.data.pipeline import DataIterator, build_pipeline
 from videonsa_jax.data.sources import DataError
-from videonsa_jax.streams import TrainBatch
+from videonsa_jax.streams import Batch, TrainBatch
 from videonsa_jax.training import checkpoints
 from videonsa_jax.training.config import Experiment
-from videonsa_jax.training.environment import environment
+from videonsa_jax.training.environment import code_digest, environment, versions
 from videonsa_jax.training.errors import usage_errors
+from videonsa_jax.training.export import EXPORT_FOLDER, export_model, model_of_state
+from videonsa_jax.training.flops import peak_flops_per_second, train_flops, trained_parts
 from videonsa_jax.training.frozen import split_params
 from videonsa_jax.training.heldout import evaluate
 from videonsa_jax.training.mesh import (
@@ -40,13 +42,17 @@ from videonsa_jax.training.metrics import (
     MetricsWriter,
     Progress,
     StepClock,
+    StepTime,
     keep_metrics_until,
     read_metrics,
 )
 from videonsa_jax.training.optimizer import learning_rate, make_optimizer
 from videonsa_jax.training.preemption import stop_requests
 from videonsa_jax.training.pretrained import pretrained_params
+from videonsa_jax.training.processes import check_agreement, fail_together
+from videonsa_jax.training.profiling import StepProfiler
 from videonsa_jax.training.report import REPORT_FILE, accuracies, write_report
+from videonsa_jax.training.spikes import SPIKES_FILE, SpikeDetector, append_spike, spike_record
 from videonsa_jax.training.step import (
     Rows,
     Sums,
@@ -58,6 +64,9 @@ from videonsa_jax.training.step import (
     make_losses,
     start_state,
 )
+
+# What processes on several hosts may be told each in its own way.
+FIELDS_OF_A_HOST = ("pretrained", "data.cache_dir", "data.video_root", "data.workers")
 
 EXIT_DONE = 0
 EXIT_NOT_FINITE = 3
@@ -91,16 +100,32 @@ class TimedJit:
 
 @dataclass(frozen=True)
 class StepInput:
-    """The batches of one optimiser step, on the devices, and the data iterator's state after them."""
+    """The batches of one optimiser step.
+
+    Attributes:
+      batches: on the devices.
+      flops: of this process' part of them; None if they are not counted.
+      iterator_state: the data iterator's, after them.
+    """
 
     batches: list[TrainBatch]
+    flops: float | None
     iterator_state: dict[str, Any]
 
 
-def fetch_step(iterator: DataIterator, accumulation: int, mesh: Mesh) -> StepInput:
+def fetch_step(
+    iterator: DataIterator, accumulation: int, mesh: Mesh, count_flops: Callable[[Batch], float | None]
+) -> StepInput:
     """Reads and places one optimiser step's batches."""
-    batches = [place_batch(next(iterator), mesh) for _ in range(accumulation)]
-    return StepInput(batches, iterator.get_state())
+    read = [next(iterator) for _ in range(accumulation)]
+    counted = [count_flops(batch.inputs) for batch in read]
+    flops = None if None in counted else sum(counted)
+    return StepInput([place_batch(batch, mesh) for batch in read], flops, iterator.get_state())
+
+
+def gather_figures(own: np.ndarray) -> np.ndarray:
+    """A row of figures of each process, in order; a collective."""
+    return own[None] if jax.process_count() == 1 else np.asarray(multihost_utils.process_allgather(own))
 
 
 def gather_json(value: Any) -> list[Any]:
@@ -122,40 +147,56 @@ def own_iterator_state(saved: list[dict[str, Any]]) -> dict[str, Any]:
 def bad_sample_ids(rows: list[Rows]) -> list[int]:
     """The samples whose own loss is not finite; all of the step's if only the gradient is not."""
     ids = np.concatenate([np.ravel(batch.sample_ids) for batch in rows])
-    finite = np.concatenate([np.ravel(batch.finite) for batch in rows])
+    finite = np.isfinite(np.concatenate([np.ravel(batch.loss) for batch in rows]))
     bad = ids if finite.all() else ids[~finite]
     return sorted(set(bad[bad >= 0].tolist()))
 
 
-def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXIT_PREEMPTED) -> int:
+def train(
+    experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXIT_PREEMPTED, profile: range = range(0)
+) -> int:
     """Trains, evaluates and reports; started again in the same folder, it goes on where it was.
 
     Args:
       experiment: what to do.
-      workdir: folder of the run: checkpoints, `metrics.jsonl`, `report.json`, `report.png`.
+      workdir: folder of the run: checkpoints, `metrics.jsonl`, `spikes.jsonl`, `report.json`, `report.png`, `export`.
       preempt_exit_code: status after SIGTERM or Ctrl-C, once the state is saved.
+      profile: numbers of the steps that a trace is written of, in the run's folder `profile`.
 
     Returns:
       The process' exit status: 0 when the last step is done and reported, 3 after a loss or gradient that is not
       finite (the state before that step is saved), else `preempt_exit_code`.
 
     Raises:
-      UsageError: the experiment cannot run as it is told.
+      UsageError: the experiment cannot run as it is told, or processes were not told the same.
       DataError: too many samples could not be read; on one host, the state is saved.
       SystemExit: SIGTERM or Ctrl-C while there was nothing to save; its status is `preempt_exit_code`.
     """
     config, seed = experiment.train, experiment.seed
-    first_process = jax.process_index() == 0
     with stop_requests(preempt_exit_code) as stop, contextlib.ExitStack() as resources:
         # 1. Checks, and what an earlier start left. Nothing slow comes before them.
         with usage_errors():
+            check_agreement(
+                {"code": code_digest()} | versions() | checkpoints.flat_config(experiment, but=FIELDS_OF_A_HOST)
+            )
+            check_agreement({"devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"})
+        first_process = jax.process_index() == 0
+        with fail_together():
             if experiment.pretrained and not Path(experiment.pretrained).is_dir():
                 raise ValueError(f"pretrained is {experiment.pretrained!r}, expected a local Hugging Face folder")
             mesh = make_mesh(experiment.mesh)
             check_batch_size(experiment.data.contexts_per_batch, mesh)
             check_model_size(experiment.model.text.num_key_value_heads, mesh)
+            if profile and profile[-1] > config.steps:
+                raise ValueError(f"--profile names step {profile[-1]}, expected at most train.steps ({config.steps})")
+            if config.export and jax.process_count() > 1:
+                raise ValueError(
+                    f"train.export is {config.export!r} with {jax.process_count()} processes, expected nothing: run "
+                    "experiments.export in one process afterwards"
+                )
+        with usage_errors():
             workdir.mkdir(parents=True, exist_ok=True)
-            manager = checkpoints.open_checkpoints(workdir, config.keep)
+            manager = checkpoints.open_checkpoints(workdir, config.keep, config.keep_every)
             resources.callback(manager.close)
             saved_step = manager.latest_step()
             if saved_step is not None:
@@ -163,13 +204,14 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
         step = saved_step or 0
         progress = Progress(config.steps, step, enabled=first_process)
         resources.callback(progress.close)
-        if step == config.steps and (workdir / REPORT_FILE).exists():
+        is_exported = not config.export or (workdir / EXPORT_FOLDER).exists()  # it appears when it is whole
+        if step == config.steps and (workdir / REPORT_FILE).exists() and is_exported:
             progress.say(f"{workdir / REPORT_FILE} is complete; nothing to do")
             return EXIT_DONE
 
         # 2. Data.
         start = time.perf_counter()
-        with usage_errors():
+        with fail_together():
             pipelines = {
                 split: build_pipeline(
                     experiment.data,
@@ -187,11 +229,14 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
             "compile_seconds": 0.0,
             "train_seconds": 0.0,
             "evaluation_seconds": 0.0,
+            "saving_seconds": 0.0,
             "visual_tokens": 0,
             "text_tokens": 0,
         }
         iterator = pipelines["train"].iterator()
         resources.callback(iterator.close)
+        with usage_errors():
+            check_agreement({"index of the data": iterator.get_state().get("data")})
 
         # 3. State: shapes, then shardings, then arrays that are made (or loaded) where they belong.
         schedule = learning_rate(experiment.optimizer, config.steps)
@@ -225,7 +270,7 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
             state, saved = checkpoints.restore(manager, saved_step, shapes, shardings)
             with usage_errors():
                 iterator.set_state(own_iterator_state(saved["iterators"]))
-            spent = {name: value + saved["spent"][name] for name, value in spent.items()}
+            spent = {name: value + saved["spent"].get(name, 0) for name, value in spent.items()}
         iterator_state = iterator.get_state()
 
         # 4. The functions of a step. Each batch shape compiles once, when it is first met.
@@ -247,9 +292,12 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
             return add_batch.seconds + update.seconds + choose.seconds
 
         def save() -> None:
+            start = time.perf_counter()
             total = spent | {"compile_seconds": spent["compile_seconds"] + compile_seconds()}
             saved = {"iterators": gather_json(iterator_state), "spent": total}
             checkpoints.save(manager, step, state, saved, experiment)
+            # What the loop stood still for: the files are written in the background.
+            spent["saving_seconds"] += time.perf_counter() - start
 
         def evaluate_now(contexts: int = 0) -> dict[str, Any] | None:
             if "heldout" not in pipelines:
@@ -275,6 +323,7 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
         # 5. The loop.
         if first_process:
             keep_metrics_until(workdir / METRICS_FILE, step)
+            keep_metrics_until(workdir / SPIKES_FILE, step)
         with usage_errors():
             writer = MetricsWriter(workdir, tensorboard=config.tensorboard, enabled=first_process)
         resources.callback(writer.close)
@@ -284,12 +333,19 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
             f"steps {step} to {config.steps}"
         )
         reader = resources.enter_context(ThreadPoolExecutor(1, thread_name_prefix="batches"))
-        read = functools.partial(reader.submit, fetch_step, iterator, config.accumulation, mesh)
-        clock = StepClock()
+        trained = trained_parts(shapes.params, config.frozen)
+        count_flops = functools.partial(train_flops, experiment.model, attention=config.attention, trained=trained)
+        read = functools.partial(reader.submit, fetch_step, iterator, config.accumulation, mesh, count_flops)
+        profiler = StepProfiler(profile, workdir, enabled=first_process)
+        resources.callback(profiler.close)
+        clock = StepClock(gather_figures, peak_flops_per_second([device.device_kind for device in mesh.devices.flat]))
+        earlier = [line["loss"] for line in read_metrics(workdir / METRICS_FILE) if line["kind"] == "train"]
+        spikes = SpikeDetector(config.spike_sigmas, earlier)
         stop.deferred = True
         reading = read() if step < config.steps else None
         while step < config.steps:
             start, compiled_before = time.perf_counter(), compile_seconds()
+            profiler.begin(step + 1)
             try:
                 fetched = reading.result()
             except DataError:
@@ -304,7 +360,10 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
                 sums, batch_rows = add_batch(state.params, sums, batch)
                 rows.append(batch_rows)
             state, metrics = update(state, sums)
+            host = time.perf_counter() - start - (compile_seconds() - compiled_before)
             metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
+            if (trace := profiler.end(step + 1)) is not None:
+                progress.say(f"step {step + 1}: wrote a trace, see it with: xprof {trace} (or tensorboard --logdir)")
 
             if not metrics.pop("finite"):
                 save()  # `state` and `iterator_state` are still those before this step
@@ -318,10 +377,19 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
 
             seconds = time.perf_counter() - start - (compile_seconds() - compiled_before)
             tokens = {name: metrics[name] for name in ("visual_tokens", "text_tokens")}
-            clock.add(seconds=seconds, waiting=waiting, **tokens)
+            clock.add(StepTime(seconds, waiting, host), flops=fetched.flops, **tokens)
             for name, value in {"train_seconds": seconds, **tokens}.items():
                 spent[name] += value
             progress.step()
+            if (spike := spikes.add(metrics["loss"])) is not None and first_process:
+                record = spike_record(
+                    step, metrics["loss"], metrics["grad_norm"], spike, rows, pipelines["train"].records
+                )
+                append_spike(workdir, record)
+                progress.say(
+                    f"step {step}: loss {metrics['loss']:.4f} stands out (median {spike.median:.4f}, sigma "
+                    f"{spike.sigma:.4f}); its samples are in {workdir / SPIKES_FILE}"
+                )
             if step % config.log_every == 0 or step in (1, config.steps):
                 line = metrics | clock.read_and_reset()
                 writer.write("train", step, line)
@@ -343,6 +411,9 @@ def train(experiment: Experiment, workdir: Path, *, preempt_exit_code: int = EXI
         if stop.agreed():
             return preempt_exit_code
         accuracy = evaluate_now()
+        if not is_exported:
+            with usage_errors():
+                export_model(experiment, model_of_state(experiment, state), workdir / EXPORT_FOLDER, config.export)
         if first_process:
             spent["compile_seconds"] += compile_seconds()
             summary = {

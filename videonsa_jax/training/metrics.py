@@ -5,10 +5,12 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 METRICS_FILE = "metrics.jsonl"
@@ -24,6 +26,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def keep_metrics_until(path: Path, step: int) -> None:
     """Drops the lines past a step: those that an interrupted run wrote after its last checkpoint."""
+    if not path.exists():
+        return
     kept = [line for line in read_metrics(path) if line["step"] <= step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -57,15 +61,16 @@ class MetricsWriter:
             self._board = SummaryWriter(str(workdir / "tensorboard"))
         self._jsonl = (workdir / METRICS_FILE).open("a")
 
-    def write(self, kind: str, step: int, values: Mapping[str, int | float]) -> None:
-        """Appends one line; values that JSON has no number for (nan, inf) are written as strings."""
+    def write(self, kind: str, step: int, values: Mapping[str, int | float | None]) -> None:
+        """Appends one line; None is null, and values that JSON has no number for (nan, inf) are strings."""
         if self._jsonl is None:
             return
-        numbers = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+        known = {name: value for name, value in values.items() if value is not None}
+        numbers = dict(values) | {name: str(value) for name, value in known.items() if not math.isfinite(value)}
         self._jsonl.write(json.dumps({"kind": kind, "step": step, **numbers}) + "\n")
         self._jsonl.flush()
         if self._board is not None:
-            for name, value in values.items():
+            for name, value in known.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)
             self._board.flush()
 
@@ -77,32 +82,72 @@ class MetricsWriter:
             self._board.close()
 
 
+@dataclass(frozen=True)
+class StepTime:
+    """Where a step's time went, as one process sees it.
+
+    Attributes:
+      seconds: of the whole step, compilation apart.
+      waiting: of them, waiting for input.
+      host: of them, until the devices had all they needed: waiting, and handing the work over.
+    """
+
+    seconds: float
+    waiting: float
+    host: float
+
+
 class StepClock:
-    """Time and tokens since the last metric line: step time, tokens a second, share of time waiting for input."""
+    """Time, tokens and FLOPs since the last metric line.
 
-    def __init__(self) -> None:
+    Processes end a step together, for its collectives do: one that is late with its part shows in its own `host`
+    seconds, and in the `seconds` of all.
+    """
+
+    def __init__(self, gather: Callable[[np.ndarray], np.ndarray], peak_flops_per_second: float | None):
+        """Starts the clock.
+
+        Args:
+          gather: a row of figures of this process to the rows of all, `[n] -> [processes, n]`; a collective.
+          peak_flops_per_second: of all devices together; None where it is not known.
+        """
+        self._gather, self._peak = gather, peak_flops_per_second
+        self._start()
+
+    def _start(self) -> None:
         self._steps = self._visual = self._text = 0
-        self._seconds = self._waiting = 0.0
+        self._seconds = self._waiting = self._host = self._flops = 0.0
 
-    def add(self, *, seconds: float, waiting: float, visual_tokens: int, text_tokens: int) -> None:
-        """Counts one step; `waiting` is the part of its `seconds` spent waiting for input."""
+    def add(self, time: StepTime, *, visual_tokens: int, text_tokens: int, flops: float | None) -> None:
+        """Counts one step; tokens of all processes, `flops` of this one's batches, None if they are not counted."""
         self._steps += 1
-        self._seconds += seconds
-        self._waiting += waiting
+        self._seconds += time.seconds
+        self._waiting += time.waiting
+        self._host += time.host
         self._visual += visual_tokens
         self._text += text_tokens
+        self._flops += math.nan if flops is None else flops
 
-    def read_and_reset(self) -> dict[str, float]:
-        """The figures since the last call, and starts anew."""
-        seconds = max(self._seconds, 1e-9)
-        rates = {
-            "step_seconds": self._seconds / max(self._steps, 1),
+    def read_and_reset(self) -> dict[str, float | None]:
+        """The figures since the last call (docs/training.md, "Metrics"), and starts anew; all processes call it."""
+        steps, seconds = max(self._steps, 1), max(self._seconds, 1e-9)
+        own = np.array([self._seconds / steps, self._waiting / steps, self._host / steps, self._flops])
+        step, waiting, host, flops = self._gather(own).T
+        rate = float(flops.sum()) / seconds
+        figures = {
+            "step_seconds": self._seconds / steps,
             "wait_share": self._waiting / seconds,
+            "wait_seconds": float(waiting.max()),
+            "straggler": float(step.max() / max(np.median(step), 1e-9)),
+            "straggler_process": int(host.argmax()),
+            "straggler_seconds": float(host.max() - np.median(host)),
             "visual_tokens_per_second": self._visual / seconds,
             "text_tokens_per_second": self._text / seconds,
+            "flops_per_second": None if math.isnan(rate) else rate,
+            "mfu": None if self._peak is None or math.isnan(rate) else rate / self._peak,
         }
-        self.__init__()
-        return rates
+        self._start()
+        return figures
 
 
 def _duration(seconds: float) -> str:
@@ -135,9 +180,11 @@ class Progress:
         if self._bar is not None:
             self._bar.update()
 
-    def show(self, step: int, values: Mapping[str, int | float]) -> None:
+    def show(self, step: int, values: Mapping[str, int | float | None]) -> None:
         """Shows a metric line's values."""
         rate = f"{values['visual_tokens_per_second']:,.0f}+{values['text_tokens_per_second']:,.0f} tok/s"
+        if values["mfu"] is not None:
+            rate = f"MFU {values['mfu']:.1%}, {rate}"
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate}, wait {values['wait_share']:.0%}")
             return

@@ -13,8 +13,9 @@ from videonsa_jax.configs import ModelConfig
 from videonsa_jax.models import VideoNSA
 from videonsa_jax.training import checkpoints
 from videonsa_jax.training.config import Experiment
+from videonsa_jax.training.export import model_of_state
 from videonsa_jax.training.optimizer import make_optimizer
-from videonsa_jax.training.step import Params, exact_params, init_state, make_model
+from videonsa_jax.training.step import Params, init_state
 
 
 def _check_same_model(folder: str, found: ModelConfig, expected: ModelConfig) -> None:
@@ -71,6 +72,4 @@ def trained_model(experiment: Experiment, workdir: Path) -> VideoNSA:
             raise ValueError(f"{workdir}: holds no checkpoint, expected the folder of a run of experiments.train")
         checkpoints.check_same_config(manager, step, experiment)
         state, _ = checkpoints.restore(manager, step, shapes, jax.tree.map(lambda _: here, shapes))
-    model = make_model(experiment.model, train, 0)
-    nnx.update(model, nnx.State(exact_params(state)))
-    return model
+    return model_of_state(experiment, state)

@@ -76,11 +76,11 @@ class Rows:
 
     Attributes:
       sample_ids: as in `TrainBatch`.
-      finite: whether the row's loss is.
+      loss: mean cross-entropy of the row's answer tokens; 0 where it has none.
     """
 
     sample_ids: Int[ArrayLike, "B Q"]
-    finite: Bool[Array, "B Q"]
+    loss: Float[Array, "B Q"]
 
 
 def make_model(model: ModelConfig, train: TrainConfig, seed: int) -> VideoNSA:
@@ -158,7 +158,8 @@ def make_losses(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> Losses:
 def _loss(losses: Losses, params: Params, batch: TrainBatch) -> tuple[Float[Array, ""], tuple]:
     of_tokens, correct = losses(params, batch)
     weighted = of_tokens * batch.loss_weights
-    return jnp.sum(weighted), (jnp.sum(correct * batch.loss_weights), jnp.all(jnp.isfinite(weighted), axis=-1))
+    of_rows = jnp.sum(weighted, axis=-1) / jnp.maximum(jnp.sum(batch.loss_weights, axis=-1), 1)
+    return jnp.sum(weighted), (jnp.sum(correct * batch.loss_weights), of_rows)
 
 
 def accumulate(
@@ -181,7 +182,7 @@ def accumulate(
     def of_trained(trained: Params) -> tuple[Float[Array, ""], tuple]:
         return _loss(losses, join_params(frozen, trained), batch)
 
-    (loss, (correct, finite)), grads = jax.value_and_grad(of_trained, has_aux=True)(trained)
+    (loss, (correct, of_rows)), grads = jax.value_and_grad(of_trained, has_aux=True)(trained)
     if train.accumulation > 1:
         grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
     own = Sums(
@@ -193,7 +194,7 @@ def accumulate(
         text_tokens=jnp.sum(batch.inputs.text_lengths),
     )
     total = own if sums is None else jax.tree.map(jnp.add, sums, own)
-    return total, Rows(sample_ids=batch.sample_ids, finite=finite)
+    return total, Rows(sample_ids=batch.sample_ids, loss=of_rows)
 
 
 def apply_gradients(
