@@ -17,9 +17,7 @@ Floors are those of an H100: experiments/kernel_floors.py.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import importlib.util
 import subprocess
@@ -36,7 +34,7 @@ from experiments import kernel_checks, kernel_results
 from experiments.drawn_cases import trained_tensors, union_size
 from experiments.kernel_floors import Unions, floor
 from experiments.kernel_operations import DENSE_OF, OPERATIONS, Arrays, Operation
-from experiments.timing import median_ms, poison
+from experiments.timing import median_ms, poison, turn
 from pallas_kernels import block_means, block_selection, compressed_attention
 from pallas_kernels.specs import Spec
 from videonsa_jax.training.environment import environment
@@ -199,7 +197,7 @@ def measure(case: Case, implementation: str, gradient: bool, options: argparse.N
         count = operation.differentiable if "fwdbwd" in options.passes else 0
         known = (*shapes, places) if chooses else shapes
         reference = kernel_checks.compiled_reference(operation, spec, count, known, _result_shape(case))
-    with _turn(options.share):
+    with turn(options.share):
         choice = choose(*case.inputs[0][:3]) if choose else None
         errors = check(case, compiled, gradient, reference, choice)
         inputs: list[Any] = case.inputs
@@ -218,17 +216,6 @@ def measure(case: Case, implementation: str, gradient: bool, options: argparse.N
     }
 
 
-@contextlib.contextmanager
-def _turn(path: Path | None) -> Iterator[None]:
-    """Holds the lock of a file while the device works; without one, does nothing."""
-    if path is None:
-        yield
-        return
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def run(options: argparse.Namespace, save: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
     """Measures everything asked for; `save` gets the records after each."""
     began = time.monotonic()
@@ -241,7 +228,7 @@ def run(options: argparse.Namespace, save: Callable[[list[dict[str, Any]]], None
                 records.append({"operation": name, "length": length, "skipped": f"{options.budget:g} s were over"})
                 print(f"{length:7} {name}: skipped, {options.budget:g} s were over", flush=True)
                 continue
-            for case in _drawn_in_turn(cases(name, length, options), options.share) if asked else ():
+            for case in _drawn_inturn(cases(name, length, options), options.share) if asked else ():
                 for implementation in asked:
                     for gradient in (p == "fwdbwd" for p in options.passes):
                         if gradient and not case.operation.differentiable:
@@ -261,9 +248,9 @@ def run(options: argparse.Namespace, save: Callable[[list[dict[str, Any]]], None
     return records
 
 
-def _drawn_in_turn(cases: Iterator[Case], share: Path | None) -> Iterator[Case]:
+def _drawn_inturn(cases: Iterator[Case], share: Path | None) -> Iterator[Case]:
     while True:
-        with _turn(share):
+        with turn(share):
             case = next(cases, None)
             jax.block_until_ready(case and case.inputs)
         if case is None:

@@ -1,14 +1,28 @@
 """Times of device work, errors against a reference, memory that shows what is not written."""
 
+import contextlib
+import fcntl
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 SAMPLE_SECONDS = 0.02
+
+
+@contextlib.contextmanager
+def turn(path: Path | None) -> Iterator[None]:
+    """Holds the lock of a file while the device works, so that processes may compile meanwhile; None: does nothing."""
+    if path is None:
+        yield
+        return
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def median_ms(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], samples: int = 5) -> dict[str, Any]:

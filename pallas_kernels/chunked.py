@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Float32, Int
 
 from pallas_kernels.common import EMPTY_LSE, zero_where
@@ -24,10 +25,11 @@ PREFIXES = 4
 _SAVED = ("chunk_output", "chunk_lse")
 
 
-def _product(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    # The default precision would round float32 operands to TF32 or bfloat16 on GPU and TPU.
+def _product(subscripts: str, left: jax.Array, right: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    # The default precision would round float32 operands to TF32 or bfloat16 on GPU and TPU. Sums are float32 whatever
+    # dtype the result is rounded to.
     precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
-    return jnp.einsum(subscripts, left, right, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.einsum(subscripts, left, right, precision=precision, preferred_element_type=dtype)
 
 
 def _scores(tokens: jax.Array, keys: jax.Array) -> jax.Array:
@@ -37,16 +39,16 @@ def _scores(tokens: jax.Array, keys: jax.Array) -> jax.Array:
     return product.reshape(*tokens.shape[:-1], keys.shape[-2])
 
 
-def _mix(tile: jax.Array, keys: jax.Array) -> jax.Array:
+def _mix(tile: jax.Array, keys: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Contracts K: [*X, C, G, K] with [*X, K, D] to [*X, C, G, D]."""
-    product = _product("xrk,xkd->xrd", _rows(tile), _flat(keys))
+    product = _product("xrk,xkd->xrd", _rows(tile), _flat(keys), dtype)
     return product.reshape(*tile.shape[:-1], keys.shape[-1])
 
 
-def _to_keys(tokens: jax.Array, tile: jax.Array) -> jax.Array:
+def _to_keys(tokens: jax.Array, tile: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Contracts C and G: [*X, C, G, D] with [*X, C, G, K] to [*X, K, D]."""
     # In this order the small operand is the one that is transposed.
-    product = jnp.swapaxes(_product("xrd,xrk->xdk", _rows(tokens), _rows(tile)), 1, 2)
+    product = jnp.swapaxes(_product("xrd,xrk->xdk", _rows(tokens), _rows(tile), dtype), 1, 2)
     return product.reshape(*tile.shape[:-3], *product.shape[1:])
 
 
@@ -106,12 +108,10 @@ def attend_gradient(
     do, dlse = (zero_where(lse == EMPTY_LSE, x) for x in (do, dlse))
     weights = jnp.exp(jnp.where(visible, scaled_logits(q, k), -jnp.inf) - lse[..., None])
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
-    dv = _to_keys(do, weights.astype(q.dtype))
+    dv = _to_keys(do, weights.astype(q.dtype), v.dtype)
     dweights = _scores(do, v.astype(q.dtype))
     dlogits = (weights * (dweights - delta[..., None]) * q.shape[-1] ** -0.5).astype(q.dtype)
-    dq = _mix(dlogits, k.astype(q.dtype))
-    dk = _to_keys(q, dlogits)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+    return _mix(dlogits, k.astype(q.dtype), q.dtype), _to_keys(q, dlogits, k.dtype), dv
 
 
 def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> tuple[Any, Any]:
@@ -173,11 +173,14 @@ def _attend_prefix_backward(residuals: Any, cotangents: Any) -> tuple[Any, ...]:
 _attend_prefix.defvjp(_attend_prefix_forward, _attend_prefix_backward)
 
 
-def _chunks(queries: int, elements_per_query: int) -> int:
-    return max(-(-queries // max(TILE_ELEMENTS // max(elements_per_query, 1), 1)), 1)
+def _chunks(queries: int, elements_per_query: int, tile_elements: int | None = None) -> int:
+    most = TILE_ELEMENTS if tile_elements is None else tile_elements
+    return max(-(-queries // max(most // max(elements_per_query, 1), 1)), 1)
 
 
-def over_query_chunks(body: Callable[[Any], Any], per_query: Any, elements_per_query: int) -> Any:
+def over_query_chunks(
+    body: Callable[[Any], Any], per_query: Any, elements_per_query: int, tile_elements: int | None = None
+) -> Any:
     """Applies `body` to chunks of the arrays in `per_query`, along their axis 1.
 
     Few queries make one chunk, without a loop. Otherwise the chunks run one after another and their gradients
@@ -187,12 +190,13 @@ def over_query_chunks(body: Callable[[Any], Any], per_query: Any, elements_per_q
       body: maps arrays [B, C, ...] to arrays [B, C, ...], each query by itself.
       per_query: tree of arrays [B, T, ...].
       elements_per_query: elements of the largest array that `body` makes, divided by C.
+      tile_elements: how large that array may be; None: `TILE_ELEMENTS`.
 
     Returns:
       The tree of arrays [B, T, ...] that `body(per_query)` is.
     """
     queries = jax.tree.leaves(per_query)[0].shape[1]
-    chunks = _chunks(queries, elements_per_query)
+    chunks = _chunks(queries, elements_per_query, tile_elements)
     if chunks == 1:
         return body(per_query)
     size = -(-queries // chunks)

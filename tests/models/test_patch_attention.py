@@ -17,6 +17,7 @@ SIZE = 8
 FULL = [[8, 8, 8, 8], [8, 8, 4], []]
 SHARING = [[4, 4, 8, 2, 6], [8, 8, 4], []]  # none crosses a border of 8 patches
 CROSSING = [[8, 4, 8, 4, 8], [4, 8, 2], []]
+UNEVEN = [[8, 4, 8, 4, 6], [8, 8, 4], []]
 LONGER_THAN_FRAME = [[2, 4, 1], [6], []]
 
 
@@ -35,8 +36,8 @@ def _expected(q, k, v, number, is_full):
 
 @pytest.mark.parametrize(
     ("frames", "patches", "stays"),
-    [(FULL, 32, True), (SHARING, 32, True), (CROSSING, 32, False), (LONGER_THAN_FRAME, 7, True)],
-    ids=["full", "sharing", "crossing", "smaller than a window"],
+    [(FULL, 32, True), (SHARING, 32, True), (CROSSING, 32, False), (UNEVEN, 30, False), (LONGER_THAN_FRAME, 7, True)],
+    ids=["full", "sharing", "crossing", "no whole number of tiles", "smaller than a window"],
 )
 @pytest.mark.parametrize("tile_elements", [chunked.TILE_ELEMENTS, 600], ids=["one chunk", "chunks of frames"])
 def test_values_and_gradients_are_those_of_the_mask(frames, patches, stays, tile_elements):

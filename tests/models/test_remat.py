@@ -78,9 +78,10 @@ def test_a_policy_computes_again_what_its_name_says_and_keeps_the_rest(batch: Ba
     assert work["none"]["weights"] < work["attention_outputs"]["weights"] < work["full"]["weights"]
     assert work["minimal"]["weights"] == work["none"]["weights"]
     assert work["none"]["attention"] < work["minimal"]["attention"] <= work["full"]["attention"]
+    assert work["minimal_and_attention_outputs"] == work["none"]
 
     assert kept["full"] < kept["minimal"] < kept["none"]
-    assert kept["full"] < kept["attention_outputs"] < kept["none"]
+    assert kept["full"] < kept["attention_outputs"] < kept["minimal_and_attention_outputs"] < kept["none"]
 
 
 def test_policies_change_no_gradient(batch: Batch) -> None:
@@ -88,6 +89,12 @@ def test_policies_change_no_gradient(batch: Batch) -> None:
     for remat in REMATS[1:]:
         # 2e-5: the same float32 numbers, fused and summed in another order.
         assert_close(gradients[remat], gradients["none"], 2e-5)
+
+
+def test_the_vision_tower_may_have_a_policy_of_its_own() -> None:
+    for vision_remat, expected in ((None, "full"), ("minimal", "minimal")):
+        model = model_cases.build(small_config(), remat="full", vision_remat=vision_remat)
+        assert (model.visual.remat, model.decoder.remat) == (expected, "full")
 
 
 def test_an_unknown_policy_is_named() -> None:

@@ -19,6 +19,7 @@ from pallas_kernels import merge_by_lse, nsa_attention, nsa_attention_sharded, p
 from videonsa_jax.configs import NSAConfig, TextConfig
 from videonsa_jax.models import released, rope
 from videonsa_jax.models.layers import fan_in_init, linear, residual_scale
+from videonsa_jax.models.placement import CONTEXT_AXIS, DATA_AXES, TENSOR_AXIS
 from videonsa_jax.models.remat import kept_attention
 from videonsa_jax.streams import Batch
 
@@ -28,9 +29,6 @@ type Tables = tuple[Float[Array, "*L half"], Float[Array, "*L half"]]
 # Keys and values; there are as many as tokens, or more where earlier ones are cached.
 type VisualKV = tuple[Float[Array, "B Sv N D"], Float[Array, "B Sv N D"]]
 type TextKV = tuple[Float[Array, "B Q St N D"], Float[Array, "B Q St N D"]]
-
-DATA_AXES = ("data", "fsdp")  # mesh axes over which contexts (B) are split
-CONTEXT_AXIS, TENSOR_AXIS = "context", "tensor"
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,16 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from videonsa_jax.models.placement import split_by_context
 from videonsa_jax.models.remat import checkpointed, weight_product
 
 UNROLLED_LAYERS = 4
 """Stacks of at most so many layers are compiled layer by layer: a loop would copy each layer's activations and weights
 into and out of stacked arrays."""
+
+ALIGNED_FEATURES = 8
+"""Where rows of activations are no multiple of 16 bytes, matrix units read them through copies: the vision tower's MLP
+is 3,420 wide inside. Its weights are padded instead, each time they are used."""
 
 
 def fan_in_init(scale: float = 1.0) -> nnx.Initializer:
@@ -42,7 +47,7 @@ def _dot_general(
     # The kernel's gradient sums over all leading axes. Where there are several, XLA's CPU backend first copies both
     # operands. Elsewhere, flattening gains nothing and merges axes that may be split over devices.
     plain = functools.partial(jax.lax.dot_general, dimension_numbers=dimensions, **options)
-    return weight_product(jax.lax.platform_dependent(x, kernel, cpu=rows_flattened, default=plain))
+    return weight_product(split_by_context(jax.lax.platform_dependent(x, kernel, cpu=rows_flattened, default=plain)))
 
 
 def linear(
@@ -66,6 +71,15 @@ def linear(
         dot_general=_dot_general,
         rngs=rngs,
     )
+
+
+def _padded(layer: nnx.Linear, x: Float[Array, "*L in"], *, rows: int = 0, columns: int = 0) -> Float[Array, "*L out"]:
+    """`layer(x)` with that many more inputs or outputs, all of whose weights are 0."""
+    if rows == columns == 0:
+        return layer(x)
+    kernel = jnp.pad(layer.kernel[...].astype(layer.dtype), [(0, rows), (0, columns)])
+    y = _dot_general(x.astype(layer.dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    return y if layer.bias is None else y + jnp.pad(layer.bias[...].astype(layer.dtype), (0, columns))
 
 
 class RMSNorm(nnx.Module):
@@ -104,7 +118,9 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "*L hidden"]) -> Float[Array, "*L hidden"]:
         """Applies the MLP to each token."""
-        return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))
+        fill = -self.down_proj.in_features % ALIGNED_FEATURES
+        inside = nnx.silu(_padded(self.gate_proj, x, columns=fill)) * _padded(self.up_proj, x, columns=fill)
+        return _padded(self.down_proj, inside, rows=fill)
 
 
 def stack[Layer: nnx.Module](make_layer: Callable[[nnx.Rngs], Layer], count: int, rngs: nnx.Rngs) -> Layer:

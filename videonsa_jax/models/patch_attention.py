@@ -12,11 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_kernels.chunked import attend, attend_gradient, over_query_chunks
 
 PADDING = jnp.iinfo(jnp.int32).max  # the number of the window of padded patches; sorts last
+GPU_TILE_ELEMENTS = 2**28  # 1 GiB of float32 logits: two minutes of video whole, without the copies of a loop
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Windows:
 
     Attributes:
       number: equal for patches of the same window, which are contiguous; `PADDING` where there is no patch.
-      size: patches of a full window; none has more. Divides P, or is at least P.
+      size: patches of a full window; none has more.
     """
 
     number: Int[Array, "F P"]
@@ -56,8 +57,13 @@ def attend_patches(
     Returns:
       Output in q's dtype, 0 where there is no patch. Softmax in float32.
     """
-    kind = jnp.where(is_full, 0, jnp.where(windows.stay_in_blocks(), 1, 2))
-    return _attend(q, k, v, windows.number, kind, windows.size)
+    # Tiles are whole, or a frame lies within one. Only here: products with weights have no padded patches to see.
+    patches = q.shape[1]
+    fill = -patches % windows.size if patches > windows.size else 0
+    number = jnp.pad(windows.number, [(0, 0), (0, fill)], constant_values=PADDING)
+    q, k, v = (jnp.pad(x, [(0, 0), (0, fill), (0, 0), (0, 0)]) for x in (q, k, v))
+    kind = jnp.where(is_full, 0, jnp.where(Windows(number, windows.size).stay_in_blocks(), 1, 2))
+    return _attend(q, k, v, number, kind, windows.size)[:, :patches]
 
 
 @dataclass(frozen=True)
@@ -74,36 +80,39 @@ class _Form:
     neighbours: bool
     windowed: bool
 
-    def queries(self, x: Float[Array, "F P H *D"]) -> Float[Array, "F tiles H size 1 *D"]:
+    def queries(self, x: Float[Array, "F P H *D"]) -> Float[Array, "F H tiles size 1 *D"]:
         """Rows of the tiles: queries, outputs or log-sum-exps."""
-        return jnp.swapaxes(self._cut(x), 2, 3)[:, :, :, :, None]
+        return self._cut(x)[:, :, :, :, None]
 
-    def patches(self, x: Float[Array, "F tiles H size 1 *D"]) -> Float[Array, "F P H *D"]:
+    def patches(self, x: Float[Array, "F H tiles size 1 *D"]) -> Float[Array, "F P H *D"]:
         """The inverse of `queries`."""
-        x = jnp.swapaxes(x[:, :, :, :, 0], 2, 3)
-        return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
+        frames, heads, tiles, size, _, *rest = x.shape
+        return jnp.swapaxes(x.reshape(frames, heads, tiles * size, *rest), 1, 2)
 
-    def keys(self, x: Float[Array, "F P H D"]) -> Float[Array, "F tiles H keys D"]:
+    def keys(self, x: Float[Array, "F P H D"]) -> Float[Array, "F H tiles keys D"]:
         """Keys or values that the tiles see."""
-        return jnp.swapaxes(self._reach(self._cut(x), 0), 2, 3)
+        return self._reach(self._cut(x), 0)
 
-    def visible(self, number: Int[Array, "F P"]) -> Bool[Array, "F tiles 1 size 1 keys"]:
+    def visible(self, number: Int[Array, "F P"]) -> Bool[Array, "F 1 tiles size 1 keys"]:
         """Which keys a tile's queries see."""
-        own = self._cut(number)
-        query, key = own[:, :, :, None], self._reach(own, PADDING)[:, :, None, :]
+        own = self._cut(number[:, :, None])
+        query, key = own[:, :, :, :, None], self._reach(own, PADDING)[:, :, :, None, :]
         seen = (query != PADDING) & (key != PADDING)
         if self.windowed:
             seen &= query == key
-        return seen[:, :, None, :, None, :]
+        return seen[:, :, :, :, None, :]
 
-    def _cut(self, x: Array) -> Array:
-        return x.reshape(x.shape[0], x.shape[1] // self.size, self.size, *x.shape[2:])
+    def _cut(self, x: Shaped[Array, "F P H *D"]) -> Shaped[Array, "F H tiles size *D"]:
+        # Heads before tiles: one transposition serves windows and whole frames alike, and XLA makes it where rotary
+        # embedding writes its result.
+        x = jnp.swapaxes(x, 1, 2)
+        return x.reshape(*x.shape[:2], x.shape[2] // self.size, self.size, *x.shape[3:])
 
-    def _reach(self, x: Array, fill: int) -> Array:
+    def _reach(self, x: Shaped[Array, "F H tiles size *D"], fill: int) -> Shaped[Array, "F H tiles keys *D"]:
         if not self.neighbours:
             return x
-        padded = jnp.pad(x, [(0, 0), (1, 1)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
-        return jnp.concatenate([padded[:, :-2], x, padded[:, 2:]], axis=2)
+        padded = jnp.pad(x, [(0, 0), (0, 0), (1, 1)] + [(0, 0)] * (x.ndim - 3), constant_values=fill)
+        return jnp.concatenate([padded[:, :, :-2], x, padded[:, :, 2:]], axis=3)
 
 
 def _over_forms(function: Callable[..., Any], kind: Array, size: int, arrays: tuple[Array, ...]) -> Any:
@@ -117,7 +126,8 @@ def _over_forms(function: Callable[..., Any], kind: Array, size: int, arrays: tu
                 return jax.tree.map(lambda x: x[None], function(form, *(x[0] for x in chunk)))
 
             logits = heads * patches * form.size * (3 if form.neighbours else 1)
-            results = over_query_chunks(body, tuple(x[None] for x in arrays), logits)
+            most = GPU_TILE_ELEMENTS if jax.default_backend() == "gpu" else None
+            results = over_query_chunks(body, tuple(x[None] for x in arrays), logits, most)
             return jax.tree.map(lambda x: x[0], results)
 
         return run

@@ -7,7 +7,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Shaped
 
-Remat = Literal["none", "full", "minimal", "attention_outputs"]
+Remat = Literal["none", "full", "minimal", "attention_outputs", "minimal_and_attention_outputs"]
 REMATS: tuple[str, ...] = get_args(Remat)
 
 _WEIGHT_PRODUCT, _ATTENTION = "weight_product", "attention"
@@ -17,6 +17,7 @@ _POLICIES = {
     "full": None,
     "minimal": jax.checkpoint_policies.save_only_these_names(_WEIGHT_PRODUCT),
     "attention_outputs": jax.checkpoint_policies.save_only_these_names(_ATTENTION),
+    "minimal_and_attention_outputs": jax.checkpoint_policies.save_only_these_names(_WEIGHT_PRODUCT, _ATTENTION),
 }
 
 
@@ -26,7 +27,8 @@ def checkpointed[Body: Callable[..., Any]](body: Body, remat: str, *, prevent_cs
     Args:
       body: the layer, a function of arrays.
       remat: "none" keeps everything; "full" nothing; "minimal" the products with weights; "attention_outputs" what
-        attention returns and what its gradient reads.
+        attention returns and what its gradient reads; "minimal_and_attention_outputs" both, so that norms, gates and
+        other elementwise work alone is done again.
       prevent_cse: as in `jax.checkpoint`: False inside of a loop.
 
     Raises:

@@ -14,6 +14,7 @@ from videonsa_jax.models.attention import AttentionKind, AttentionOptions, Imple
 from videonsa_jax.models.cache import KVCache, Piece, extend
 from videonsa_jax.models.decoder import Decoder
 from videonsa_jax.models.layers import RMSNorm, linear
+from videonsa_jax.models.placement import on_mesh, split_by_context
 from videonsa_jax.models.vision import VisionTower
 from videonsa_jax.streams import Batch, register_pytree
 
@@ -46,7 +47,8 @@ class VideoNSA(nnx.Module):
       dtype: of activations and matrix products; norms, softmax, losses and logits are float32 whatever it is.
       param_dtype: in which parameters are kept.
       remat: what the backward pass keeps of each layer but the last decoder layer, where it begins: "none" (of the
-        layer, everything), "full" (nothing), "minimal" or "attention_outputs"; see `remat.checkpointed`.
+        layer, everything), "full" (nothing), or another policy; see `remat.checkpointed`.
+      vision_remat: likewise of each layer of the vision tower; None: as `remat`.
     """
 
     def __init__(
@@ -57,10 +59,11 @@ class VideoNSA(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         remat: str = "none",
+        vision_remat: str | None = None,
     ):
         text = config.text
         options = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
-        self.visual = VisionTower(config.vision, remat=remat, **options)
+        self.visual = VisionTower(config.vision, remat=remat if vision_remat is None else vision_remat, **options)
         # Tied logits start with variance 1. An untied embedding starts at the scale of what the merger and the layers
         # write into the stream, so that a token's identity is not drowned by the first layer's output.
         embedding_scale = text.hidden_size**-0.5 if text.tie_word_embeddings else 1.0
@@ -122,11 +125,12 @@ class VideoNSA(nnx.Module):
         kind = self.attention_kind(attention, batch.text_tokens.shape[1], rows_share_prefix)
         batch = jax.tree.map(jnp.asarray, batch)
         options = AttentionOptions(kind, implementation, mesh)
-        # The default gather clamps: a padding id outside the vocabulary cannot become NaN.
-        text = self.embed_tokens.embedding[...][batch.text_tokens].astype(self.dtype)
-        hidden = (self.embed_visual(batch), text)
-        places = visibility(batch, self.config.text)
-        visual, text = self.decoder(hidden, places, options, update_visual=return_visual)
+        with on_mesh(mesh):
+            # The default gather clamps: a padding id outside the vocabulary cannot become NaN.
+            text = self.embed_tokens.embedding[...][batch.text_tokens].astype(self.dtype)
+            hidden = (self.embed_visual(batch), split_by_context(text))
+            places = visibility(batch, self.config.text)
+            visual, text = self.decoder(hidden, places, options, update_visual=return_visual)
         return self.norm(text), self.norm(visual) if return_visual else None
 
     def extend(

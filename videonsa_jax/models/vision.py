@@ -24,6 +24,7 @@ from videonsa_jax.models.layers import (
     stack,
 )
 from videonsa_jax.models.patch_attention import PADDING, Windows, attend_patches
+from videonsa_jax.models.placement import over_frames
 from videonsa_jax.models.remat import kept_attention
 
 # CLIP's, as in Qwen2.5-VL's preprocessor_config.json.
@@ -89,11 +90,13 @@ class VisionAttention(nnx.Module):
         tables = jax.tree.map(lambda table: table[:, :, None], tables)
         query, key = rope.rotate(query, tables), rope.rotate(key, tables)
 
-        def attend(arrays: tuple[Array, ...], places: tuple[Array, Array]) -> Array:
-            number, is_full = places
-            return attend_patches(*arrays, Windows(number, windows.size), is_full)
+        def attend_frames(query: Array, key: Array, value: Array, number: Array, is_full: Array) -> Array:
+            return attend_patches(query, key, value, Windows(number, windows.size), is_full)
 
-        attended = kept_attention(attend, (query, key, value), (windows.number, is_full))
+        attend = over_frames(attend_frames)
+        attended = kept_attention(
+            lambda arrays, places: attend(*arrays, *places), (query, key, value), (windows.number, is_full)
+        )
         return self.proj(attended.reshape(frames, patches, hidden))
 
 
@@ -210,17 +213,14 @@ def _window_by_window(
     # Whole merge groups move: a window never cuts one.
     group = merge * merge
     order = jnp.argsort(number[:, ::group], axis=1, stable=True)
-    fill = -patches.shape[1] % (side * side)
 
-    def reorder(x: Array, padding: int = 0) -> Array:
-        moved = _take(x.reshape(*order.shape, group, *x.shape[2:]), order).reshape(x.shape)
-        return jnp.pad(moved, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2), constant_values=padding)
+    def reorder(x: Array) -> Array:
+        return _take(x.reshape(*order.shape, group, *x.shape[2:]), order).reshape(x.shape)
 
     def restore(merged: Array) -> Array:
-        return _take(merged[:, : order.shape[1]], jnp.argsort(order, axis=1))
+        return _take(merged, jnp.argsort(order, axis=1))
 
-    windows = Windows(reorder(number, PADDING), side * side)
-    return reorder(patches), reorder(rows), reorder(columns), windows, restore
+    return reorder(patches), reorder(rows), reorder(columns), Windows(reorder(number), side * side), restore
 
 
 def _take(x: Array, permutation: Array) -> Array:

@@ -18,6 +18,7 @@ FREE_FIELDS = (
     "mesh",
     "train.kernel",
     "train.remat",
+    "train.vision_remat",
     "train.loss_chunk",
     "train.offload_optimizer",
     "train.log_every",

@@ -73,7 +73,9 @@ class TrainConfig:
       param_dtype: of the parameters and their gradients; in bfloat16, the optimiser's state has float32 masters, which
         are what it updates and what is exported.
       remat: what the backward pass keeps of each layer: "none" (everything), "full" (nothing: all is computed again),
-        "minimal" (products with weights) or "attention_outputs" (what attention returns and its gradient reads).
+        "minimal" (products with weights), "attention_outputs" (what attention returns and its gradient reads) or
+        "minimal_and_attention_outputs" (both).
+      vision_remat: likewise of the vision tower's layers; "same": as `remat`.
       frozen: parameters that stay as they are: "vision", "merger", "llm" or regular expressions for their paths
         (training/frozen.py), comma-separated on the command line.
       offload_optimizer: keep the optimiser's state in host memory but while it is used; needs devices with pinned host
@@ -98,6 +100,7 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Remat = "none"
+    vision_remat: Remat | Literal["same"] = "same"
     frozen: tuple[str, ...] = ()
     offload_optimizer: bool = False
     loss_chunk: int = 256

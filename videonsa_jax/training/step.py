@@ -85,8 +85,14 @@ class Rows:
 
 def make_model(model: ModelConfig, train: TrainConfig, seed: int) -> VideoNSA:
     """A model with random float32 parameters, computing in `train.dtype`."""
-    dtype = jnp.dtype(train.dtype)
-    return VideoNSA(model, rngs=nnx.Rngs(seed), dtype=dtype, param_dtype=jnp.float32, remat=train.remat)
+    return VideoNSA(
+        model,
+        rngs=nnx.Rngs(seed),
+        dtype=jnp.dtype(train.dtype),
+        param_dtype=jnp.float32,
+        remat=train.remat,
+        vision_remat=None if train.vision_remat == "same" else train.vision_remat,
+    )
 
 
 def init_state(
@@ -218,7 +224,8 @@ def apply_gradients(
     # A step whose every row was replaced has no answer token: its gradient is 0, not 0 / 0.
     count = jnp.maximum(sums.answer_tokens, 1)
     grads = jax.tree.map(lambda grad: grad / count, sums.grads)
-    loss, grad_norm = sums.loss / count, optax.tree.norm(grads)
+    # In float32: of bfloat16 gradients, optax would round every leaf's sum, and the sum of those, to three digits.
+    loss, grad_norm = sums.loss / count, optax.tree.norm(jax.tree.map(lambda grad: grad.astype(jnp.float32), grads))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     trained = params_like(state.params, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, trained)
