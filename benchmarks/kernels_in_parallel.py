@@ -25,7 +25,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "whole-triton": ("--ops=nsa_attention", "--implementations=triton,triton_token_major", "--drawn-only"),
     "layer": (
         "--ops=nsa_layer,dense_layer",
-        "--implementations=mosaic_gpu,triton,triton_token_major,cudnn_dense",
+        "--implementations=mosaic_gpu,triton,cudnn_dense",
     ),
     "parts": (
         "--ops=compressed_attention,block_selection,window_attention,block_means,text_queries,decode",
@@ -40,11 +40,17 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 """Arguments of one process; "xla" is far slower than the others, at 16K + 37 stands attention alone."""
 
-WHOLE_BLOCKS = (131072, 65536, 32768, 16384, 8192)
+ONLY_AT = {
+    "xla": (8192,),
+    "layer": (65536, 32768, 16384, 8192),
+    "parts": (131072, 65536, 32768, 16384, 8192),
+    "selected": (131072, 65536, 32768, 16384, 8192),
+}
 
-ONLY_AT = {"xla": (8192, 16384), "layer": WHOLE_BLOCKS, "parts": WHOLE_BLOCKS}
+OWN_CHOICE_AT = (131072, 65536)
+"""Lengths at which the whole runs with its own choice, too, on random and on trained tensors."""
 
-ONE_INPUT_AT = (131072,)
+ONE_INPUT_AT = (131072, 65536)
 """Lengths at which all but the whole keep one set of arrays: a process keeps the device memory that it once took."""
 
 
@@ -64,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--groups", default=",".join(GROUPS), metavar="NAME,...", help="default: all of them")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), metavar="T,...")
     parser.add_argument("--tensors", type=Path, metavar="NPZ", help="of experiments.measure_selection, for the whole")
-    parser.add_argument("--at-once", type=int, default=12, metavar="N", help="processes; default 12, for 80 GB")
+    parser.add_argument("--at-once", type=int, default=16, metavar="N", help="processes; default 16, for 80 GB")
     parser.add_argument("--limit", type=float, default=3600.0, metavar="S", help="seconds; default an hour")
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + options.limit
@@ -81,7 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command = [sys.executable, "-m", "experiments.bench_kernels", *GROUPS[group], f"--lengths={length}"]
             command += ["--inputs=1"] if length in ONE_INPUT_AT and group != "whole" else []
             command += [f"--share={folder / 'turns'}", f"--json={folder / name}.json"]
-            command += [f"--tensors={options.tensors}"] if options.tensors and group == "whole" else []
+            if group == "whole" and length not in OWN_CHOICE_AT:
+                command += ["--drawn-only"]
+            elif group == "whole" and options.tensors:
+                command += [f"--tensors={options.tensors}"]
             with (folder / f"{name}.log").open("wb") as log:
                 process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
             running[group, length] = process
