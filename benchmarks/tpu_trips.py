@@ -312,7 +312,8 @@ def selected(part: str, tokens: int, chip: str, rho: float, chunk: int) -> Work:
     loops = (heads * plan.chunk_blocks, tiles, walk) if backward else (walk,)
     carried = plan.chunks > 1
     row_bytes = math.prod(spec.shapes[0].shape) * ((8 + 4 * carried) if backward else (4 + 6 * carried))
-    key_bytes = 2 * heads * plan.chunk_keys * spec.head_dim * (2 + 4 * backward)
+    keys = min(plan.chunk_keys, tokens - chunk * plan.chunk_keys)
+    key_bytes = 2 * heads * keys * spec.head_dim * (2 + 4 * backward)
     list_bytes = heads * grid * TILES * plan.places * 4
     return Work(
         steps=heads * grid,

@@ -47,7 +47,7 @@ class Plan:
       block_size: s.
       step_blocks: blocks per product.
       places: entries of a tile's list, padded.
-      chunk_keys: keys in VMEM at a time.
+      chunk_keys: keys in VMEM at a time; the last chunk may hold fewer.
       chunks: of them.
       vmem_limit: bytes.
       precision: of products.
@@ -85,7 +85,10 @@ class Plan:
 
 
 def make_plan(operation: str, q: jax.Array, keys: int, places: int, block_size: int, *, backward: bool) -> Plan:
-    """Divides the keys into as few equal chunks as VMEM takes beside the rest.
+    """Divides the keys into as few chunks as VMEM takes beside the rest.
+
+    Forward, all but the last are as large as VMEM takes: the later a boundary, the fewer tiles read on both sides of it.
+    Backward they are equal, as a chunk's gradients are cleared and stored whole.
 
     Args:
       operation: named in messages.
@@ -118,7 +121,8 @@ def make_plan(operation: str, q: jax.Array, keys: int, places: int, block_size: 
     room = tpu.vmem_limit(operation, buffers) - sum(buffers.values())
     most = room // (key_bytes * _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
     chunks = -(-keys // max(most, _CHUNK_MULTIPLE))
-    chunk_keys = -(-keys // (chunks * _CHUNK_MULTIPLE)) * _CHUNK_MULTIPLE
+    equal = -(-keys // (chunks * _CHUNK_MULTIPLE)) * _CHUNK_MULTIPLE
+    chunk_keys = equal if backward or chunks == 1 else most
     return Plan(
         group=group,
         head_dim=size,
@@ -317,7 +321,7 @@ def specs(plan: Plan) -> Specs:
         lists=(scalars(TILES * plan.places), scalars(BOUNDS)),
         queries=pl.BlockSpec(queries, lambda b, n, i, _: (b, n, 0, i, 0)),
         rows=pl.BlockSpec((1, 1, TILES, tpu.LANES), lambda b, n, i, _: (b, n, i, 0)),
-        keys=pl.BlockSpec(keys, lambda b, n, i, _: (b, n, 0, 0, 0), pipeline_mode=pl.Buffered(1)),
+        keys=pl.BlockSpec(keys, lambda b, n, i, place: (b, n, place[1], 0, 0), pipeline_mode=pl.Buffered(1)),
     )
 
 
