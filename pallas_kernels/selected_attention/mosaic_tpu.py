@@ -85,7 +85,7 @@ def group_major_attention(
     past = t >= length
     k, v = (zero_where(jnp.arange(k.shape[1]) >= length, x) for x in (k, v))
     readable = (block_indices >= 0) & (block_indices * block_size <= t[:, None, None]) & ~past[..., None, None]
-    lists = tile_lists.build(block_indices, readable, tile=TILE, blocks=block_total(k.shape[1], block_size))
+    lists = tile_lists.build(block_indices, readable, blocks=block_total(k.shape[1], block_size))
     return _attend(block_size, q, k, v, lists, jnp.asarray(q_offset, jnp.int32), past)
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from pallas_kernels import tile_lists, tpu
 
-TILE = tile_lists.MASK_BITS
+TILE = tile_lists.TILE
 TILES = 8
 BOUNDS = 2 * (TILES + 1) + 1
 """Numbers per grid step: each tile's first step and one past its last, those of a tile past the last, their total.

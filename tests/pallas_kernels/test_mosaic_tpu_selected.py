@@ -190,7 +190,7 @@ def test_tile_lists():
     generator = np.random.default_rng(0)
     indices = generator.integers(-1, 9, (2, 37, 2, 5)).astype(np.int32)
     readable = (indices >= 0) & (generator.random(indices.shape) < 0.8)
-    lists = jax.jit(lambda x, y: tile_lists.build(x, y, tile=16, blocks=9))(indices, readable)
+    lists = jax.jit(lambda x, y: tile_lists.build(x, y, blocks=9))(indices, readable)
     assert lists.entries.shape == (2, 2, 3, 9)
     for b, n, tile in np.ndindex(2, 2, 3):
         masks = {}
