@@ -136,6 +136,10 @@ def nsa_attention(
             )
 
     gates = jax.nn.sigmoid(scaled_logits)
+    k_blocks = v_blocks = None
+    if choose or "compressed" in branches:
+        k_blocks, v_blocks = block_means(k, block_size), block_means(v, block_size)
+
     if first_choices == {"mosaic_tpu"} and nsa_tpu.covers(q, k, block_size, branches) and not choose_anyway:
         # As above.
         with contextlib.suppress(NotImplementedError):
@@ -143,6 +147,8 @@ def nsa_attention(
                 q,
                 k,
                 v,
+                k_blocks,
+                v_blocks,
                 gates,
                 block_size=block_size,
                 window_size=window_size,
@@ -154,8 +160,7 @@ def nsa_attention(
             )
 
     outputs = {}
-    if choose or "compressed" in branches:
-        k_blocks, v_blocks = block_means(k, block_size), block_means(v, block_size)
+    if k_blocks is not None:
         outputs["compressed"], lse = compressed_attention(q, k_blocks, v_blocks, block_size=block_size, **shared)
     if choose:
         own = block_selection(q, k_blocks, lse, block_size=block_size, **choice, **shared)

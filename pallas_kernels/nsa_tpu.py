@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import tpu, tpu_layout
 from pallas_kernels.block_selection import mosaic_tpu as block_selection
-from pallas_kernels.common import Scalar, zero_where
+from pallas_kernels.common import Scalar
 from pallas_kernels.compressed_attention import mosaic_tpu as compressed_attention
 from pallas_kernels.selected_attention import mosaic_tpu as selected_attention
 from pallas_kernels.window_attention import mosaic_tpu as window_attention
@@ -28,6 +28,8 @@ def attention(
     q: Float[Array, "B T N G D"],
     k: Float[Array, "B S N D"],
     v: Float[Array, "B S N D"],
+    k_blocks: Float[Array, "B M N D"] | None,
+    v_blocks: Float[Array, "B M N D"] | None,
     gates: Float32[Array, "B T N G 3"],
     *,
     block_size: int,
@@ -44,6 +46,8 @@ def attention(
       q: see there, and `covers`.
       k: see there.
       v: see there.
+      k_blocks: means of the complete blocks; None where neither the compressed branch nor the choice reads them.
+      v_blocks: likewise.
       gates: in the order (compressed, selected, window).
       block_size: see there.
       window_size: see there.
@@ -64,9 +68,7 @@ def attention(
 
     outputs = {}
     choose = "selected" in branches and block_indices is None
-    if choose or "compressed" in branches:
-        hidden = jnp.arange(k.shape[1]) >= lengths[:, None]
-        k_blocks, v_blocks = (_block_means(zero_where(hidden, x), block_size) for x in (k, v))
+    if k_blocks is not None:
         outputs["compressed"], lse = compressed_attention.group_major_attention(
             rows, k_blocks, v_blocks, queries=queries, block_size=block_size, **shared
         )
@@ -90,11 +92,3 @@ def attention(
     used = [(i, branch) for i, branch in enumerate(("compressed", "selected", "window")) if branch in branches]
     gate_rows = tuple(tpu.group_major(gates[..., i], rows.shape[3]) for i, _ in used)
     return tpu_layout.gated_sum(queries, tuple(outputs[branch] for _, branch in used), gate_rows, valid)
-
-
-def _block_means(x: Float[Array, "B S N D"], block_size: int) -> Float[Array, "B M N D"]:
-    """`nsa.block_means` by way of the order that the kernels take keys in, in which XLA sums them faster."""
-    blocks = x.shape[1] // block_size
-    by_head = jnp.moveaxis(x[:, : blocks * block_size], 1, 2)
-    by_block = by_head.reshape(*by_head.shape[:2], blocks, block_size, x.shape[3])
-    return jnp.moveaxis(by_block.mean(axis=3, dtype=jnp.float32).astype(x.dtype), 1, 2)

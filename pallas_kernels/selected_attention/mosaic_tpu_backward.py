@@ -31,7 +31,7 @@ def backward_chunk(
     delta: Float32[Array, "B N tiles 128"],
     dq_before: Float32[Array, "B N G T D"] | None,
     plan: Plan,
-) -> tuple[Float32[Array, "B N G T D"], Float32[Array, "B N blocks s D"], Float32[Array, "B N blocks s D"]]:
+) -> tuple[Float32[Array, "B N G T D"], Float32[Array, "B N chunk s D"], Float32[Array, "B N chunk s D"]]:
     """Gradients through one chunk of keys.
 
     Args:

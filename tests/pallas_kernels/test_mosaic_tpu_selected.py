@@ -269,7 +269,7 @@ def kernels_in(jaxpr):
                 yield from kernels_in(inner)
 
 
-@pytest.mark.parametrize(("case", "count"), [("nsa train 8192", 12), ("prefix train 8192", 3)])
+@pytest.mark.parametrize(("case", "count"), [("nsa train 8192", 13), ("prefix train 8192", 3)])
 def test_every_kernel_states_its_cost(case, count):
     """All name the bytes they move, and those that compute at least one product of D = 128 per exponential."""
     with tpu.compiling_for("v6e"):
@@ -277,7 +277,7 @@ def test_every_kernel_states_its_cost(case, count):
         kernels = list(kernels_in(jax.make_jaxpr(function)(*shapes).jaxpr))
     assert len(kernels) == count
     for kernel in kernels:
-        cost, moves_only = kernel["cost_estimate"], kernel["name"] in tpu_trips.LAYOUT_ARRAYS
+        cost, moves_only = kernel["cost_estimate"], kernel["name"] in {*tpu_trips.LAYOUT_ARRAYS, "tile_lists"}
         moved = sum(x.size * x.dtype.itemsize for x in kernel["out_avals"])
         assert cost.bytes_accessed > moved
         assert moves_only or cost.flops >= 2 * 128 * cost.transcendentals > 0
@@ -308,7 +308,7 @@ def test_what_is_not_covered_is_refused_with_what_is():
 
 def test_memory_that_a_chip_lacks_is_refused_with_the_sum():
     with pytest.raises(NotImplementedError, match=r"needs \d+ bytes of SMEM for twice 8 lists of \d+ places, v5p has"):
-        trace(S=32_000 * 32, n=1000)
+        trace(S=32_000 * 32, n=700)
     with (
         vmem(2**20),
         pytest.raises(NotImplementedError, match=r"needs [\d.]+ MiB of VMEM \(queries and outputs [\d.]+ \+ a step"),
