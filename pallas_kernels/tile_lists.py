@@ -79,9 +79,7 @@ def _unite(
     """
     batch, heads, places, tiles = key.shape
     lanes = min(tiles, tpu.LANES)
-    spec, count_spec = (
-        pl.BlockSpec((1, 1, rows, lanes), lambda b, n, i: (b, n, 0, i)) for rows in (places, 1)
-    )
+    spec, count_spec = (pl.BlockSpec((1, 1, rows, lanes), lambda b, n, i: (b, n, 0, i)) for rows in (places, 1))
     column = (places, lanes)
     limit = tpu.vmem_limit(
         _NAME,

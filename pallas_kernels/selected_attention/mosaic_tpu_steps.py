@@ -87,7 +87,7 @@ class Plan:
 def make_plan(operation: str, q: jax.Array, keys: int, places: int, block_size: int, *, backward: bool) -> Plan:
     """Divides the keys into as few chunks as VMEM takes beside the rest.
 
-    Forward, all but the last are as large as VMEM takes: the later a boundary, the fewer tiles read on both sides of it.
+    Forward, all but the last are as large as VMEM takes: the later a boundary, the fewer tiles read on both its sides.
     Backward they are equal, as a chunk's gradients are cleared and stored whole.
 
     Args:
@@ -119,10 +119,9 @@ def make_plan(operation: str, q: jax.Array, keys: int, places: int, block_size: 
     per_key = {q.dtype: 2} if not backward else {q.dtype: 2, jnp.dtype(jnp.float32): 4 if q.dtype == jnp.float32 else 2}
     key_bytes = sum(tpu.buffer_bytes((32, size), dtype, copies) for dtype, copies in per_key.items()) // 32
     room = tpu.vmem_limit(operation, buffers) - sum(buffers.values())
-    most = room // (key_bytes * _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
-    chunks = -(-keys // max(most, _CHUNK_MULTIPLE))
-    equal = -(-keys // (chunks * _CHUNK_MULTIPLE)) * _CHUNK_MULTIPLE
-    chunk_keys = equal if backward or chunks == 1 else most
+    most = max(room // (key_bytes * _CHUNK_MULTIPLE), 1) * _CHUNK_MULTIPLE
+    parts = -(-keys // most) if backward else 1
+    chunk_keys = min(most, -(-keys // (parts * _CHUNK_MULTIPLE)) * _CHUNK_MULTIPLE)
     return Plan(
         group=group,
         head_dim=size,
@@ -130,7 +129,7 @@ def make_plan(operation: str, q: jax.Array, keys: int, places: int, block_size: 
         step_blocks=step_blocks,
         places=places,
         chunk_keys=chunk_keys,
-        chunks=chunks,
+        chunks=-(-keys // chunk_keys),
         vmem_limit=tpu.vmem_limit(operation, buffers | {"a chunk of keys": chunk_keys * key_bytes}),
         precision=tpu.dot_precision(q.dtype),
     )

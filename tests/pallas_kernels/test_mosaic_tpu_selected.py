@@ -124,6 +124,15 @@ def test_keys_in_several_chunks():
         check(case, chosen(case, sinks=True))
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("keys", [1000, 1025, 5000])
+def test_every_chunk_holds_keys(keys, backward):
+    with vmem(1_200_000):
+        plan = mosaic_tpu_steps.make_plan("test", jnp.zeros((1, 8, 1, 1, 64)), keys, 5, 32, backward=backward)
+    assert plan.chunks > 1
+    assert (plan.chunks - 1) * plan.chunk_keys < keys <= plan.chunks * plan.chunk_keys
+
+
 def test_queries_before_a_chunk_of_keys():
     """The first 128 queries read nothing of the last chunks: their results pass through."""
     case = Case(B=2, T=270, S=270, N=1, G=1, D=64, s=32, n=3, lengths=(270, 120))
