@@ -114,7 +114,7 @@ def make_plan(operation: str, q: jax.Array, keys: int, places: int, block_size: 
     queries, logits = (group, TILES * TILE, size), (group * TILE, STEP_KEYS)
     buffers = {
         "queries and outputs": tpu.buffer_bytes(queries, q.dtype, 4) + tpu.buffer_bytes(queries, jnp.float32, 4),
-        "a step": tpu.buffer_bytes(logits, jnp.float32, 12 if backward else 8),
+        "a step": tpu.buffer_bytes(logits, jnp.float32, 12),
     }
     per_key = {q.dtype: 2} if not backward else {q.dtype: 2, jnp.dtype(jnp.float32): 4 if q.dtype == jnp.float32 else 2}
     key_bytes = sum(tpu.buffer_bytes((32, size), dtype, copies) for dtype, copies in per_key.items()) // 32
