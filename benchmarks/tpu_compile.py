@@ -203,7 +203,14 @@ def compile_lowered(lowered: Any, name: str, chip: str, dumps: Path | None = Non
         sorts = {x.name for x in operations if x.cycles is None and x.name.startswith("sort")}
         sorts = {name for name in sorts if tpu_bundles.is_dumped(dumps, name)}
         cycles = {name: x.static_cycles() for name, x in tpu_bundles.read_schedules(dumps, sorts).items()}
-        operations = tuple(dataclasses.replace(x, cycles=cycles.get(x.name, x.cycles)) for x in operations)
+        # Of sorts of one shape it compiles the first.
+        alike = {x.bytes: cycles[x.name] for x in operations if x.name in cycles}
+        operations = tuple(
+            dataclasses.replace(x, cycles=cycles.get(x.name, alike.get(x.bytes)))
+            if x.cycles is None and x.name.startswith("sort")
+            else x
+            for x in operations
+        )
         shutil.rmtree(dumps)
         dumps.mkdir()
     memory = compiled.memory_analysis()

@@ -3,6 +3,7 @@
 Loops are told apart by their order in the kernel, which is that of its source.
 """
 
+import contextvars
 import dataclasses
 import functools
 import itertools
@@ -97,6 +98,8 @@ def works(case: str, chip: str, kernels: dict[str, int], rho: float) -> dict[str
                 found[name] = layout(name, tokens)
             elif "block_selection" in name:
                 found[name] = selection(tokens)
+            elif "tile_lists" in name:
+                found[name] = lists(tokens)
             else:
                 found[name] = flash(name, tokens)
     return found
@@ -212,6 +215,15 @@ def layout(kernel: str, tokens: int) -> Work:
     return Work(steps, rows=steps, hbm_bytes=moved, transfers=steps)
 
 
+def lists(tokens: int) -> Work:
+    """The kernel of `pallas_kernels.tile_lists`: 128 tiles a step, no loop."""
+    spec = tpu_cases.spec(tokens)
+    tiles = -(-tokens // TILE)
+    steps = spec.kv_heads * -(-tiles // tpu.LANES)
+    moved = spec.kv_heads * tiles * (2 * TILE * spec.block_count + 1) * 4
+    return Work(steps, rows=steps, hbm_bytes=moved, transfers=steps)
+
+
 _SELECTION_TOKENS, _SELECTION_CHUNK = 128, 256
 
 
@@ -278,23 +290,25 @@ def drawn_lists(tokens: int, rho: float) -> tile_lists.TileLists:
     spec = tpu_cases.spec(tokens)
     chosen = jnp.asarray(tpu_cases.drawn_selection(tokens, rho))[None, :, None]
     blocks = tokens // spec.block_size
-    return jax.jit(functools.partial(tile_lists.build, tile=TILE, blocks=blocks))(chosen, chosen >= 0)
+    build = jax.jit(functools.partial(tile_lists.build, blocks=blocks))
+    # Here and now, whatever chip is compiled for.
+    return contextvars.Context().run(build, chosen, chosen >= 0)
 
 
 @functools.cache
 def chunk_steps(tokens: int, chip: str, rho: float, chunk: int, backward: bool) -> tuple[Plan, np.ndarray]:
     """How a kernel of selected attention is cut on a chip, and the list steps of each grid step of one head."""
-    spec, lists = tpu_cases.spec(tokens), drawn_lists(tokens, rho)
+    spec, drawn = tpu_cases.spec(tokens), drawn_lists(tokens, rho)
     plans: list[Plan] = []
 
     def trace(q: jax.Array) -> None:
-        places = lists.entries.shape[-1]
+        places = drawn.entries.shape[-1]
         plans.append(make_plan("selected_attention", q, tokens, places, spec.block_size, backward=backward))
 
     with tpu.compiling_for(chip):
         jax.eval_shape(trace, spec.shapes[0])
     (plan,) = plans
-    _, bounds = jax.jit(selected_tpu._lists_of_chunk, static_argnums=(1, 3))(lists, tokens, jnp.int32(chunk), plan)
+    _, bounds = jax.jit(selected_tpu._lists_of_chunk, static_argnums=(1, 3))(drawn, tokens, jnp.int32(chunk), plan)
     return plan, np.asarray(bounds)[..., -1].reshape(-1)
 
 
@@ -312,7 +326,8 @@ def selected(part: str, tokens: int, chip: str, rho: float, chunk: int) -> Work:
     loops = (heads * plan.chunk_blocks, tiles, walk) if backward else (walk,)
     carried = plan.chunks > 1
     row_bytes = math.prod(spec.shapes[0].shape) * ((8 + 4 * carried) if backward else (4 + 6 * carried))
-    key_bytes = 2 * heads * plan.chunk_keys * spec.head_dim * (2 + 4 * backward)
+    keys = min(plan.chunk_keys, tokens - chunk * plan.chunk_keys)
+    key_bytes = 2 * heads * keys * spec.head_dim * (2 + 4 * backward)
     list_bytes = heads * grid * TILES * plan.places * 4
     return Work(
         steps=heads * grid,

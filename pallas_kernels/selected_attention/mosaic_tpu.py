@@ -85,7 +85,7 @@ def group_major_attention(
     past = t >= length
     k, v = (zero_where(jnp.arange(k.shape[1]) >= length, x) for x in (k, v))
     readable = (block_indices >= 0) & (block_indices * block_size <= t[:, None, None]) & ~past[..., None, None]
-    lists = tile_lists.build(block_indices, readable, tile=TILE, blocks=block_total(k.shape[1], block_size))
+    lists = tile_lists.build(block_indices, readable, blocks=block_total(k.shape[1], block_size))
     return _attend(block_size, q, k, v, lists, jnp.asarray(q_offset, jnp.int32), past)
 
 
@@ -112,19 +112,17 @@ def _attend_forward(
     past: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
     plan = _plan(q, k, lists, block_size, backward=False)
-    chunks = _chunks(plan, k), _chunks(plan, v), jnp.arange(plan.chunks)
+    keys = _blocks(plan, k), _blocks(plan, v)
 
-    def attend(before: Any, chunk: Any, out_dtype: Any) -> Any:
-        k, v, i = chunk
-        first_query = (q_offset - i * plan.chunk_keys)[None]
-        entries, bounds = _lists_of_chunk(lists, q.shape[3], i, plan)
-        return forward_chunk(first_query, entries, bounds, q, k, v, before, plan, out_dtype)
+    def attend(before: Any, chunk: jax.Array, out_dtype: Any) -> Any:
+        place = jnp.stack([q_offset - chunk * plan.chunk_keys, chunk])
+        entries, bounds = _lists_of_chunk(lists, q.shape[3], chunk, plan)
+        return forward_chunk(place, entries, bounds, q, *keys, before, plan, out_dtype)
 
     before = None
     if plan.chunks > 1:
-        earlier = jax.tree.map(lambda x: x[:-1], chunks)
-        before, _ = _over_chunks(lambda before, chunk: (attend(before, chunk, jnp.float32), None), earlier)
-    o, lse_tiles = attend(before, jax.tree.map(lambda x: x[-1], chunks), q.dtype)
+        before, _ = _over_chunks(lambda before, chunk: (attend(before, chunk, jnp.float32), None), plan.chunks - 1)
+    o, lse_tiles = attend(before, jnp.int32(plan.chunks - 1), q.dtype)
     lse = _from_tiles(lse_tiles, plan.group)
     lse = jnp.where(lse > EMPTY_LSE, lse / tpu.LOG2_E, EMPTY_LSE)
     return (o, lse), (q, k, v, lists, q_offset, past, o, lse_tiles)
@@ -136,16 +134,15 @@ def _attend_backward(block_size: int, saved: Any, cotangents: tuple[jax.Array, j
     do, dlse = (jnp.where(mask, 0, x) for mask, x in zip((hidden[..., None], hidden), cotangents, strict=True))
     plan = _plan(q, k, lists, block_size, backward=True)
     delta = _to_tiles((do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1) - dlse)
-    chunks = _chunks(plan, k), _chunks(plan, v), jnp.arange(plan.chunks)
+    keys = _blocks(plan, k), _blocks(plan, v)
 
-    def chunk_body(dq: Any, chunk: Any) -> tuple[Any, Any]:
-        k, v, i = chunk
-        first_query = (q_offset - i * plan.chunk_keys)[None]
-        entries, bounds = _lists_of_chunk(lists, q.shape[3], i, plan)
-        dq, dk, dv = backward_chunk(first_query, entries, bounds, q, k, v, do, lse_tiles, delta, dq, plan)
+    def chunk_body(dq: Any, chunk: jax.Array) -> tuple[Any, Any]:
+        place = jnp.stack([q_offset - chunk * plan.chunk_keys, chunk])
+        entries, bounds = _lists_of_chunk(lists, q.shape[3], chunk, plan)
+        dq, dk, dv = backward_chunk(place, entries, bounds, q, *keys, do, lse_tiles, delta, dq, plan)
         return dq, ((dk * plan.scale).astype(q.dtype), dv.astype(q.dtype))
 
-    dq, gradients = _over_chunks(chunk_body, chunks)
+    dq, gradients = _over_chunks(chunk_body, plan.chunks)
     dk, dv = (_from_chunks(x, k.shape[1]) for x in gradients)
     return dq.astype(q.dtype), dk, dv, None, None, None
 
@@ -159,20 +156,21 @@ def _plan(q: jax.Array, k: jax.Array, lists: tile_lists.TileLists, block_size: i
     return make_plan(_OPERATION, rows, k.shape[1], lists.entries.shape[-1], block_size, backward=backward)
 
 
-def _over_chunks(body: Callable[[Any, Any], tuple[Any, Any]], chunks: Any) -> tuple[Any, Any]:
-    """As `jax.lax.scan`, whose first step starts from None."""
-    carry, first = body(None, jax.tree.map(lambda x: x[0], chunks))
+def _over_chunks(body: Callable[[Any, jax.Array], tuple[Any, Any]], chunks: int) -> tuple[Any, Any]:
+    """As `jax.lax.scan` over 0 to chunks - 1, whose first step starts from None."""
+    carry, first = body(None, jnp.int32(0))
     first = jax.tree.map(lambda x: x[None], first)
-    if len(chunks[0]) == 1:
+    if chunks == 1:
         return carry, first
-    carry, later = jax.lax.scan(body, carry, jax.tree.map(lambda x: x[1:], chunks))
+    carry, later = jax.lax.scan(body, carry, jnp.arange(1, chunks, dtype=jnp.int32))
     return carry, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), first, later)
 
 
-def _chunks(plan: Plan, x: Float[jax.Array, "B S N D"]) -> Float[jax.Array, "chunks B N blocks s D"]:
-    x = tpu.keys_head_major(x, plan.chunks * plan.chunk_keys)
-    blocks = x.reshape(*x.shape[:2], plan.chunks, plan.chunk_blocks, plan.block_size, x.shape[3])
-    return jnp.moveaxis(blocks, 2, 0)
+def _blocks(plan: Plan, x: Float[jax.Array, "B S N D"]) -> Float[jax.Array, "B N blocks s D"]:
+    """Keys or values block by block, no fewer than a chunk's; what the last chunk lacks is never read."""
+    keys = -(-max(x.shape[1], plan.chunk_keys) // plan.block_size) * plan.block_size
+    x = tpu.keys_head_major(x, keys)
+    return x.reshape(*x.shape[:2], -1, plan.block_size, x.shape[3])
 
 
 def _from_chunks(x: Float[jax.Array, "chunks B N blocks s D"], keys: int) -> Float[jax.Array, "B S N D"]:

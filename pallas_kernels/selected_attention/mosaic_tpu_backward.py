@@ -20,7 +20,7 @@ from pallas_kernels.selected_attention.mosaic_tpu_steps import TILE, TILES, Plac
 
 
 def backward_chunk(
-    first_query: Int32[Array, "1"],
+    place: Int32[Array, "2"],
     entries: Int32[Array, "B N grid 1 entries"],
     bounds: Int32[Array, "B N grid 1 bounds"],
     q: Float[Array, "B N G T D"],
@@ -31,11 +31,11 @@ def backward_chunk(
     delta: Float32[Array, "B N tiles 128"],
     dq_before: Float32[Array, "B N G T D"] | None,
     plan: Plan,
-) -> tuple[Float32[Array, "B N G T D"], Float32[Array, "B N blocks s D"], Float32[Array, "B N blocks s D"]]:
+) -> tuple[Float32[Array, "B N G T D"], Float32[Array, "B N chunk s D"], Float32[Array, "B N chunk s D"]]:
     """Gradients through one chunk of keys.
 
     Args:
-      first_query: as in `forward_chunk`, and so are those up to v.
+      place: as in `forward_chunk`, and so are those up to v.
       entries: see there.
       bounds: see there.
       q: see there.
@@ -60,7 +60,9 @@ def backward_chunk(
         inputs.append(dq_before)
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     logits = steps.most_logits(q, plan)
-    out_shape = tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (q, k, v))
+    chunk = plan.chunk_blocks, plan.block_size, size
+    shapes = q.shape, (batch, heads, *chunk), (batch, heads, *chunk)
+    out_shape = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
     return pl.pallas_call(
         functools.partial(_kernel, plan=plan, adds=dq_before is not None),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -70,7 +72,7 @@ def backward_chunk(
             out_specs=(spec.queries, hbm, hbm),
             scratch_shapes=[
                 pltpu.VMEM((plan.rows, size), jnp.float32),
-                *[pltpu.VMEM(k.shape[2:], jnp.float32)] * 2,
+                *[pltpu.VMEM(chunk, jnp.float32)] * 2,
                 *[pltpu.VMEM((TILES, plan.rows, tpu.LANES), jnp.float32)] * 2,
                 pltpu.VMEM((2, plan.rows, plan.step_keys), jnp.float32),
                 pltpu.VMEM((2 * plan.rows, plan.step_keys), q.dtype),
@@ -84,11 +86,11 @@ def backward_chunk(
         cost_estimate=tpu.cost(10 * logits * size, logits, *inputs, *out_shape),
         interpret=tpu.interpreted(),
         name="selected_attention_backward",
-    )(first_query, *inputs)
+    )(place, *inputs)
 
 
 def _kernel(
-    first: Ref,
+    chunk_place: Ref,
     entries: Ref,
     bounds: Ref,
     q: Ref,
@@ -106,7 +108,7 @@ def _kernel(
     rows, s = plan.rows, plan.block_size
     b, n, i = (pl.program_id(axis) for axis in range(3))
     last = pl.num_programs(2) - 1
-    first_query = first[0] + i * (TILES * TILE)
+    first_query = chunk_place[0] + i * (TILES * TILE)
     dot = functools.partial(jax.lax.dot_general, precision=plan.precision, preferred_element_type=jnp.float32)
 
     @pl.when(i == 0)

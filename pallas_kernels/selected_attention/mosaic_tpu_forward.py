@@ -16,7 +16,7 @@ from pallas_kernels.selected_attention.mosaic_tpu_steps import TILE, TILES, Plac
 
 
 def forward_chunk(
-    first_query: Int32[Array, "1"],
+    place: Int32[Array, "2"],
     entries: Int32[Array, "B N grid 1 entries"],
     bounds: Int32[Array, "B N grid 1 bounds"],
     q: Float[Array, "B N G T D"],
@@ -29,12 +29,12 @@ def forward_chunk(
     """Attends to one chunk of keys and merges the result into that of the chunks before.
 
     Args:
-      first_query: its index, counted from the chunk's first key.
+      place: the first query's index, counted from the chunk's first key, and the chunk's.
       entries: eight lists per grid step, blocks counted from the chunk's first.
       bounds: see `mosaic_tpu_steps.BOUNDS`.
       q: queries.
-      k: the chunk's keys, block by block.
-      v: its values.
+      k: keys of all chunks, block by block.
+      v: their values.
       before: output and log-sum-exp over earlier chunks.
       plan: see there.
       out_dtype: of the output.
@@ -68,7 +68,7 @@ def forward_chunk(
         cost_estimate=tpu.cost(4 * logits * size, logits, *inputs, *out_shape),
         interpret=tpu.interpreted(),
         name="selected_attention_forward",
-    )(first_query, *inputs)
+    )(place, *inputs)
 
 
 def body_steps() -> int:
@@ -113,13 +113,13 @@ def _buffers(plan: Plan, dtype: Any) -> _Buffers:
 
 
 def _kernel(
-    first: Ref, entries: Ref, bounds: Ref, q: Ref, k: Ref, v: Ref, *rest: Ref, plan: Plan, merges: bool
+    chunk_place: Ref, entries: Ref, bounds: Ref, q: Ref, k: Ref, v: Ref, *rest: Ref, plan: Plan, merges: bool
 ) -> None:
     o_before, lse_before = rest[:2] if merges else (None, None)
     o, lse, scaled, *scratch = rest[2 * merges :]
     fields = len(_Buffers._fields)
     slots = [_Buffers(*scratch[i * fields : (i + 1) * fields]) for i in range(len(scratch) // fields)]
-    first_query = first[0] + pl.program_id(2) * (TILES * TILE)
+    first_query = chunk_place[0] + pl.program_id(2) * (TILES * TILE)
     vectors = plan.step_keys // tpu.LANES
 
     def finish(slot: int, place: Place) -> None:

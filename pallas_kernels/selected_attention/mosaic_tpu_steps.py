@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from pallas_kernels import tile_lists, tpu
 
-TILE = tile_lists.MASK_BITS
+TILE = tile_lists.TILE
 TILES = 8
 BOUNDS = 2 * (TILES + 1) + 1
 """Numbers per grid step: each tile's first step and one past its last, those of a tile past the last, their total.
@@ -47,7 +47,7 @@ class Plan:
       block_size: s.
       step_blocks: blocks per product.
       places: entries of a tile's list, padded.
-      chunk_keys: keys in VMEM at a time.
+      chunk_keys: keys in VMEM at a time; the last chunk may hold fewer.
       chunks: of them.
       vmem_limit: bytes.
       precision: of products.
@@ -85,7 +85,10 @@ class Plan:
 
 
 def make_plan(operation: str, q: jax.Array, keys: int, places: int, block_size: int, *, backward: bool) -> Plan:
-    """Divides the keys into as few equal chunks as VMEM takes beside the rest.
+    """Divides the keys into as few chunks as VMEM takes beside the rest.
+
+    Forward, all but the last are as large as VMEM takes: the later a boundary, the fewer tiles read on both its sides.
+    Backward they are equal, as a chunk's gradients are cleared and stored whole.
 
     Args:
       operation: named in messages.
@@ -111,14 +114,14 @@ def make_plan(operation: str, q: jax.Array, keys: int, places: int, block_size: 
     queries, logits = (group, TILES * TILE, size), (group * TILE, STEP_KEYS)
     buffers = {
         "queries and outputs": tpu.buffer_bytes(queries, q.dtype, 4) + tpu.buffer_bytes(queries, jnp.float32, 4),
-        "a step": tpu.buffer_bytes(logits, jnp.float32, 12 if backward else 8),
+        "a step": tpu.buffer_bytes(logits, jnp.float32, 12),
     }
     per_key = {q.dtype: 2} if not backward else {q.dtype: 2, jnp.dtype(jnp.float32): 4 if q.dtype == jnp.float32 else 2}
     key_bytes = sum(tpu.buffer_bytes((32, size), dtype, copies) for dtype, copies in per_key.items()) // 32
     room = tpu.vmem_limit(operation, buffers) - sum(buffers.values())
-    most = room // (key_bytes * _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
-    chunks = -(-keys // max(most, _CHUNK_MULTIPLE))
-    chunk_keys = -(-keys // (chunks * _CHUNK_MULTIPLE)) * _CHUNK_MULTIPLE
+    most = max(room // (key_bytes * _CHUNK_MULTIPLE), 1) * _CHUNK_MULTIPLE
+    parts = -(-keys // most) if backward else 1
+    chunk_keys = min(most, -(-keys // (parts * _CHUNK_MULTIPLE)) * _CHUNK_MULTIPLE)
     return Plan(
         group=group,
         head_dim=size,
@@ -126,7 +129,7 @@ def make_plan(operation: str, q: jax.Array, keys: int, places: int, block_size: 
         step_blocks=step_blocks,
         places=places,
         chunk_keys=chunk_keys,
-        chunks=chunks,
+        chunks=-(-keys // chunk_keys),
         vmem_limit=tpu.vmem_limit(operation, buffers | {"a chunk of keys": chunk_keys * key_bytes}),
         precision=tpu.dot_precision(q.dtype),
     )
@@ -317,7 +320,7 @@ def specs(plan: Plan) -> Specs:
         lists=(scalars(TILES * plan.places), scalars(BOUNDS)),
         queries=pl.BlockSpec(queries, lambda b, n, i, _: (b, n, 0, i, 0)),
         rows=pl.BlockSpec((1, 1, TILES, tpu.LANES), lambda b, n, i, _: (b, n, i, 0)),
-        keys=pl.BlockSpec(keys, lambda b, n, i, _: (b, n, 0, 0, 0), pipeline_mode=pl.Buffered(1)),
+        keys=pl.BlockSpec(keys, lambda b, n, i, place: (b, n, place[1], 0, 0), pipeline_mode=pl.Buffered(1)),
     )
 
 

@@ -124,6 +124,15 @@ def test_keys_in_several_chunks():
         check(case, chosen(case, sinks=True))
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("keys", [1000, 1025, 5000])
+def test_every_chunk_holds_keys(keys, backward):
+    with vmem(1_200_000):
+        plan = mosaic_tpu_steps.make_plan("test", jnp.zeros((1, 8, 1, 1, 64)), keys, 5, 32, backward=backward)
+    assert plan.chunks > 1
+    assert (plan.chunks - 1) * plan.chunk_keys < keys <= plan.chunks * plan.chunk_keys
+
+
 def test_queries_before_a_chunk_of_keys():
     """The first 128 queries read nothing of the last chunks: their results pass through."""
     case = Case(B=2, T=270, S=270, N=1, G=1, D=64, s=32, n=3, lengths=(270, 120))
@@ -190,7 +199,7 @@ def test_tile_lists():
     generator = np.random.default_rng(0)
     indices = generator.integers(-1, 9, (2, 37, 2, 5)).astype(np.int32)
     readable = (indices >= 0) & (generator.random(indices.shape) < 0.8)
-    lists = jax.jit(lambda x, y: tile_lists.build(x, y, tile=16, blocks=9))(indices, readable)
+    lists = jax.jit(lambda x, y: tile_lists.build(x, y, blocks=9))(indices, readable)
     assert lists.entries.shape == (2, 2, 3, 9)
     for b, n, tile in np.ndindex(2, 2, 3):
         masks = {}
@@ -269,7 +278,7 @@ def kernels_in(jaxpr):
                 yield from kernels_in(inner)
 
 
-@pytest.mark.parametrize(("case", "count"), [("nsa train 8192", 12), ("prefix train 8192", 3)])
+@pytest.mark.parametrize(("case", "count"), [("nsa train 8192", 13), ("prefix train 8192", 3)])
 def test_every_kernel_states_its_cost(case, count):
     """All name the bytes they move, and those that compute at least one product of D = 128 per exponential."""
     with tpu.compiling_for("v6e"):
@@ -277,7 +286,7 @@ def test_every_kernel_states_its_cost(case, count):
         kernels = list(kernels_in(jax.make_jaxpr(function)(*shapes).jaxpr))
     assert len(kernels) == count
     for kernel in kernels:
-        cost, moves_only = kernel["cost_estimate"], kernel["name"] in tpu_trips.LAYOUT_ARRAYS
+        cost, moves_only = kernel["cost_estimate"], kernel["name"] in {*tpu_trips.LAYOUT_ARRAYS, "tile_lists"}
         moved = sum(x.size * x.dtype.itemsize for x in kernel["out_avals"])
         assert cost.bytes_accessed > moved
         assert moves_only or cost.flops >= 2 * 128 * cost.transcendentals > 0
@@ -308,7 +317,7 @@ def test_what_is_not_covered_is_refused_with_what_is():
 
 def test_memory_that_a_chip_lacks_is_refused_with_the_sum():
     with pytest.raises(NotImplementedError, match=r"needs \d+ bytes of SMEM for twice 8 lists of \d+ places, v5p has"):
-        trace(S=32_000 * 32, n=1000)
+        trace(S=32_000 * 32, n=700)
     with (
         vmem(2**20),
         pytest.raises(NotImplementedError, match=r"needs [\d.]+ MiB of VMEM \(queries and outputs [\d.]+ \+ a step"),
