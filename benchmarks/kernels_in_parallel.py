@@ -3,8 +3,9 @@
     python -m benchmarks.kernels_in_parallel --tensors=selection.npz --json=benchmarks/results/h100_kernels_DATE.json
 
 Compiling is most of the time, so that one process per length and group of operations compiles beside the others; they
-take turns on the device (`--share`). Longer lengths begin first. Every process writes its own JSON after each figure
-into the folder OUT_parts; what was written when `--limit` seconds are over is merged.
+take turns on the device (`--share`). Longer lengths begin first, as many as its memory holds at once. Every process
+writes its own JSON after each figure into the folder OUT_parts; what was written when `--limit` seconds are over is
+merged.
 """
 
 import argparse
@@ -51,12 +52,25 @@ OWN_CHOICE_AT = (131072, 65536)
 """Lengths at which the whole runs with its own choice, too, on random and on trained tensors."""
 
 ONE_INPUT_AT = (131072, 65536)
-"""Lengths at which all but the whole keep one set of arrays: a process keeps the device memory that it once took."""
+"""Lengths at which all but the whole keep one set of arrays."""
+
+GIB_AT_128K = {"whole": 20, "whole-triton": 16, "layer": 32, "parts": 10, "selected": 12, "xla": 64}
+"""Device memory that a process of a group comes to hold and keeps until it ends; it grows with the length.
+Estimated from what the compiled programs take, not measured."""
+
+GIB_OF_A_PROCESS = 0.6
+"""What a process takes before it has any array."""
 
 
 def jobs(groups: Sequence[str], lengths: Sequence[int]) -> list[tuple[str, int]]:
     """(group, length) of every process, the slowest first."""
     return [(group, length) for length in lengths for group in groups if length in ONLY_AT.get(group, lengths)]
+
+
+def memory(job: tuple[str, int]) -> float:
+    """GiB of device memory that a (group, length) may come to hold."""
+    group, length = job
+    return GIB_OF_A_PROCESS + GIB_AT_128K[group] * length / 131072
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--groups", default=",".join(GROUPS), metavar="NAME,...", help="default: all of them")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), metavar="T,...")
     parser.add_argument("--tensors", type=Path, metavar="NPZ", help="of experiments.measure_selection, for the whole")
-    parser.add_argument("--at-once", type=int, default=16, metavar="N", help="processes; default 16, for 80 GB")
+    parser.add_argument("--at-once", type=int, default=16, metavar="N", help="processes; default 16")
+    parser.add_argument("--memory", type=float, default=72.0, metavar="GIB", help="of the device; default 72")
     parser.add_argument("--limit", type=float, default=3600.0, metavar="S", help="seconds; default an hour")
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + options.limit
@@ -81,8 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     waiting = jobs(options.groups.split(","), tuple(map(int, options.lengths.split(","))))
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     while (waiting or running) and time.monotonic() < deadline:
-        while waiting and len(running) < options.at_once:
-            group, length = waiting.pop(0)
+        while len(running) < options.at_once:
+            room = options.memory - sum(map(memory, running))
+            job = next((job for job in waiting if memory(job) <= room or not running), None)
+            if job is None:
+                break
+            waiting.remove(job)
+            group, length = job
             name = f"{group}-{length}"
             command = [sys.executable, "-m", "experiments.bench_kernels", *GROUPS[group], f"--lengths={length}"]
             command += ["--inputs=1"] if length in ONE_INPUT_AT and group != "whole" else []

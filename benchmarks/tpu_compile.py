@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -21,33 +20,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from experiments.program_reading import Operation, read_program
+
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 # No metadata server is asked about a TPU, no lock is taken of one.
 ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
-
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*)$")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?(\S+) \(.*\{$")
-_END = re.compile(r"^\}(, execution_thread=.*)?$")
-_ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16)\[([\d,]*)\]")
-_FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id", "after-all"}
-_BITS = {"pred": 8, "bf16": 16}
-
-
-@dataclasses.dataclass(frozen=True)
-class Operation:
-    """One scheduled operation that XLA made.
-
-    Attributes:
-      name: the HLO instruction's.
-      runs: how often the program runs it.
-      cycles: the compiler's estimate of one run; None where it states none.
-      bytes: of operands and results of one run.
-    """
-
-    name: str
-    runs: int
-    cycles: int | None
-    bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,85 +42,6 @@ class Program:
     temporary_bytes: int
     kernels: dict[str, dict[str, Any]]
     operations: tuple[Operation, ...]
-
-
-def array_bytes(text: str) -> int:
-    """Bytes of the arrays whose types occur in a piece of HLO text."""
-    total = 0
-    for dtype, sizes in _ARRAY.findall(text):
-        count = 1
-        for size in filter(None, sizes.split(",")):
-            count *= int(size)
-        total += count * _BITS.get(dtype, int(dtype[1:] or 8) if dtype[1:].isdigit() else 8) // 8
-    return total
-
-
-def read_program(text: str) -> tuple[dict[str, dict[str, Any]], tuple[Operation, ...]]:
-    """Kernels and operations of a scheduled HLO module, loops counted by their known trip counts.
-
-    Args:
-      text: `compiled.as_text()`.
-
-    Returns:
-      Kernels and operations, as `Program` holds them.
-
-    Raises:
-      ValueError: a loop whose trip count the compiler does not know.
-    """
-    bodies: dict[str, list[tuple[str, str]]] = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        if (head := _COMPUTATION.match(line)) and not line.startswith("HloModule"):
-            current = head[2]
-            bodies[current] = []
-            entry = current if head[1] else entry
-        elif _END.match(line):
-            current = None
-        elif current is not None and (instruction := _INSTRUCTION.match(line)):
-            bodies[current].append((instruction[1], instruction[2]))
-        elif current is not None and bodies[current]:
-            name, rest = bodies[current][-1]
-            bodies[current][-1] = (name, rest + line)
-
-    kernels: dict[str, dict[str, Any]] = {}
-    operations: list[Operation] = []
-
-    def trip_count(name: str, rest: str) -> int:
-        condition = bodies[re.search(r"condition=%?([^,\s]+)", rest)[1]]
-        limits = [re.search(r"s32\[\]\S* constant\((\d+)\)", line) for _, line in condition]
-        limits = [int(limit[1]) for limit in limits if limit]
-        if len(limits) != 1 or not any("direction=LT" in line for _, line in condition):
-            raise ValueError(f"{name} is a loop of unknown length, expected one that counts from 0 to a constant")
-        return limits[0]
-
-    def visit(computation: str, runs: int) -> None:
-        types = {name: re.split(r" [a-z][a-z0-9-]*\(", rest)[0] for name, rest in bodies[computation]}
-        for name, rest in bodies[computation]:
-            opcode = re.search(r" ([a-z][a-z0-9-]*)\(", rest)
-            kind = opcode[1] if opcode else ""
-            if kind in _FREE or kind.endswith("-done"):
-                continue
-            if kind == "while":
-                visit(re.search(r"body=%?([^,\s]+)", rest)[1], runs * trip_count(name, rest))
-            elif kind == "conditional":
-                branches = re.search(r"branch_computations=\{([^}]*)\}", rest)
-                for branch in branches[1].split(",") if branches else re.findall(r"_computation=%?([^,\s]+)", rest):
-                    visit(branch.strip().lstrip("%"), runs)
-            elif kind == "call":
-                visit(re.search(r"to_apply=%?([^,\s]+)", rest)[1], runs)
-            elif "tpu_custom_call" in rest:
-                used = re.search(
-                    r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"', rest
-                )
-                kernels[name] = {"runs": runs, "vmem_bytes": int(used[1]) if used else 0}
-            else:
-                estimate = re.search(r'"estimated_cycles":"(\d+)"', rest)
-                arguments = re.findall(r"%([^\s,()]+)", rest.split("), ", 1)[0][opcode.end() :]) if opcode else []
-                size = array_bytes(types[name]) + sum(array_bytes(types.get(x, "")) for x in arguments)
-                operations.append(Operation(name, runs, int(estimate[1]) if estimate else None, size))
-
-    visit(entry, 1)
-    return kernels, tuple(operations)
 
 
 def lower(build: Callable[[], Any], chip: str) -> Any:
@@ -195,7 +93,8 @@ def compile_lowered(lowered: Any, name: str, chip: str, dumps: Path | None = Non
     kib = tpu.CHIPS[chip].vmem_bytes * 9 // 10 // 1024
     options = {"xla_tpu_scoped_vmem_limit_kib": str(kib)} if name.startswith("splash") else None
     compiled = lowered.compile(compiler_options=options)
-    kernels, operations = read_program(compiled.as_text())
+    reading = read_program(compiled.as_text())
+    kernels, operations = reading.kernels, reading.operations
     if dumps is not None:
         for kernel, schedule in tpu_bundles.read_schedules(dumps, set(kernels)).items():
             kernels[kernel]["schedule"] = tpu_bundles.to_json(schedule)

@@ -96,7 +96,7 @@ def cases(name: str, length: int, options: argparse.Namespace) -> Iterator[Case]
 
 def _unions(spec: Spec, block_indices: jax.Array) -> Unions:
     blocks = -(-spec.keys // spec.block_size)
-    return Unions(*(union_size(block_indices, m, blocks) for m in (8, 16)))
+    return Unions(*(union_size(block_indices, m, blocks) for m in (9, 27)))
 
 
 @functools.lru_cache(maxsize=2)

@@ -11,7 +11,7 @@ H = N G D channels, U = 2 T N G D the bytes of the queries and K = 2 T N D those
     compressed              2 NG D T M                   2 U
     window                  4 NG D T w                   2 U + 2 K
     block choice            NG D T M                     U
-    selected, forward       4 D 64 s per 8 tokens and    2 U + 2 K         4 s D per 16 tokens and block of
+    selected, forward       4 D 64 s per 9 tokens and    2 U + 2 K         4 s D per 27 tokens and block of
                             block of their union                           their union
     selected, dq            3/2 of the forward's         3 U + 2 K         the forward's
     selected, dk and dv     8 D 8 s per pair             2 U + 4 K         32 D + 64 per pair
@@ -52,12 +52,12 @@ class Unions:
     """How alike neighbouring queries choose.
 
     Attributes:
-      of_8: blocks in the union of 8 neighbouring queries, over n.
-      of_16: likewise of 16.
+      of_9: blocks in the union of 9 neighbouring queries, over n: with G = 7 they fill 63 of the 64 rows of a product.
+      of_27: likewise of 27, what three warpgroups share.
     """
 
-    of_8: float
-    of_16: float
+    of_9: float
+    of_27: float
 
 
 def floor(operation: str, gradient: bool, spec: Spec, unions: Unions | None = None) -> Floor:
@@ -103,8 +103,8 @@ def floor(operation: str, gradient: bool, spec: Spec, unions: Unions | None = No
         if unions is None:
             raise ValueError(f"floor of {operation}: unions is None, expected how alike the choice is")
         n = spec.block_count
-        in_tiles = spec.batch * spec.kv_heads * t / 8 * unions.of_8 * n * 4 * spec.head_dim * 64 * spec.block_size
-        read = spec.batch * spec.kv_heads * t / 16 * unions.of_16 * n * 4 * spec.block_size * spec.head_dim
+        in_tiles = spec.batch * spec.kv_heads * t / 9 * unions.of_9 * n * 4 * spec.head_dim * 64 * spec.block_size
+        read = spec.batch * spec.kv_heads * t / 27 * unions.of_27 * n * 4 * spec.block_size * spec.head_dim
         pairs = _pairs(spec)
         forward = of(in_tiles, 2 * rows + 2 * keys, read)
         dq = of(1.5 * in_tiles, 3 * rows + 2 * keys, read)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import tpu_bundles, tpu_cases, tpu_compile, tpu_model, tpu_schedule, tpu_trips
+from benchmarks import tpu_bundles, tpu_cases, tpu_model, tpu_schedule, tpu_trips
+from experiments.program_reading import read_program
 from pallas_kernels import tpu
 from pallas_kernels.block_selection.choice import choose_blocks
 
@@ -113,13 +114,14 @@ ENTRY %main.3 (a: f32[8,128]) -> f32[8,128] {
 
 
 def test_programs_are_read_with_their_loops():
-    kernels, operations = tpu_compile.read_program(HLO)
+    reading = read_program(HLO)
+    kernels, operations = reading.kernels, reading.operations
     assert kernels == {"kernel.2": {"runs": 7, "vmem_bytes": 4096}}
     fusion, scatter = operations
     assert (fusion.name, fusion.runs, fusion.cycles, fusion.bytes) == ("fusion", 1, 120, 2 * 8 * 128 * 4)
     assert (scatter.cycles, scatter.bytes) == (None, 16 * 128 * 2 + 2 * 8 * 128 * 4)
     with pytest.raises(ValueError, match="loop is a loop of unknown length"):
-        tpu_compile.read_program(HLO.replace("direction=LT", "direction=EQ"))
+        read_program(HLO.replace("direction=LT", "direction=EQ"))
 
 
 def test_drawn_selection():

@@ -10,6 +10,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import tpu_cases, tpu_compile
+from experiments.program_reading import read_program
 from pallas_kernels import nsa_attention_sharded, tpu
 
 pytestmark = pytest.mark.tpu_aot
@@ -117,7 +118,7 @@ def test_whole_attention_compiles_in_shard_map(direction, chip):
 
     axes, shapes = ("context", "tensor"), tpu_cases.spec(32768).shapes
     text = compile_on_four_devices(chip, axes, PartitionSpec(None, *axes), sharded, shapes, 4, direction)
-    assert_holds(tpu_compile.read_program(text)[0], WHOLE[direction])
+    assert_holds(read_program(text).kernels, WHOLE[direction])
     assert "all-gather" in text, "keys are not gathered over the context"
 
 
@@ -133,4 +134,4 @@ def test_prefix_attention_compiles_in_shard_map(direction, chip):
 
     axes = ("data", "tensor")
     text = compile_on_four_devices(chip, axes, PartitionSpec("data"), sharded, shapes, count, direction)
-    assert_holds(tpu_compile.read_program(text)[0], KERNELS["prefix", direction])
+    assert_holds(read_program(text).kernels, KERNELS["prefix", direction])
