@@ -18,7 +18,9 @@ Implementation = str | Mapping[str, str | None] | None
 NAMES: tuple[str, ...] = get_args(Name)
 
 _PREFERENCE: dict[str, tuple[str, ...]] = {
-    "gpu": ("mosaic_gpu", "triton", "triton_token_major", "xla"),
+    # Triton's kernels have run on Hopper only: elsewhere they are there by name, until a measured order says more.
+    "gpu": ("mosaic_gpu", "xla"),
+    "gpu 9.0": ("mosaic_gpu", "triton", "xla"),
     "tpu": ("mosaic_tpu", "xla"),
 }
 _registered: dict[str, dict[str, Callable[..., Any]]] = {}
@@ -139,8 +141,10 @@ def _measured(operation: str) -> tuple[str, ...]:
 
 def _by_preference(operation: str) -> list[str]:
     """What was measured on this device first; nothing after "xla", which covers everything."""
-    names = _PREFERENCE.get(jax.default_backend(), ("xla",))
-    measured = [name for name in _measured(operation) if name in names]
+    backend = jax.default_backend()
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    names = _PREFERENCE.get(f"{backend} {capability}") or _PREFERENCE.get(backend, ("xla",))
+    measured = _measured(operation)
     in_order = [*measured, *(name for name in names if name not in measured)]
     available = [name for name in in_order if name in _registered[operation]]
     return available[: available.index("xla") + 1]
