@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from selected_cases import BLOCK, compare, draw_choice
+from selected_cases import BLOCK, compare, draw, draw_choice
 
 from pallas_kernels import gpu, selected_attention
 from pallas_kernels.block_words import words_of
@@ -74,7 +74,7 @@ def test_three_warpgroups():
 
 
 def test_tokens_without_gaps_between_their_rows():
-    compare(
+    compare_interpreted(
         jnp.bfloat16,
         7,
         128,
