@@ -102,7 +102,8 @@ def program_of(lower: Callable[[], Any], chip: Chip) -> Program:
     memory = compiled.memory_analysis()
     if chip.clock_hz is None:
         return Program(memory.temp_size_in_bytes)
-    reading = read_program(compiled.as_text())
+    # Ranks take different branches; a step takes as long as the slowest.
+    reading = read_program(compiled.as_text(), one_branch=True)
     seconds, uncounted = compute_seconds(reading, chip)
     return Program(
         memory.temp_size_in_bytes,

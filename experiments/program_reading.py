@@ -70,11 +70,12 @@ def array_bytes(text: str) -> int:
     return sum(_sizes(text))
 
 
-def read_program(text: str) -> Reading:
+def read_program(text: str, *, one_branch: bool = False) -> Reading:
     """What a scheduled HLO module runs, loops counted by their known trip counts.
 
     Args:
       text: `compiled.as_text()`.
+      one_branch: of a conditional only the branch with the most cycles counts; else all of them do.
 
     Returns:
       Kernels, operations and collectives.
@@ -83,11 +84,9 @@ def read_program(text: str) -> Reading:
       ValueError: a loop whose trip count the compiler does not know.
     """
     bodies, entry = _computations(text)
-    kernels: dict[str, dict[str, Any]] = {}
-    operations: list[Operation] = []
-    exchanges: dict[str, Collective] = {}
 
-    def visit(computation: str, runs: int) -> None:
+    def visit(computation: str, runs: int) -> _Found:
+        found = _Found({}, [], {})
         types = {name: re.split(r" [a-z][a-z0-9-]*\(", rest)[0] for name, rest in bodies[computation]}
         for name, rest in bodies[computation]:
             opcode = re.search(r" ([a-z][a-z0-9-]*)\(", rest)
@@ -95,27 +94,48 @@ def read_program(text: str) -> Reading:
             if kind in _FREE:
                 continue
             exchanged = dict(_collectives(bodies, computation, name, rest, kind, runs))
-            exchanges.update(exchanged)
+            found.exchanges.update(exchanged)
             if kind.endswith("-done"):
                 continue
             if kind == "while":
-                visit(re.search(r"body=%?([^,\s]+)", rest)[1], runs * _trip_count(bodies, name, rest))
+                found.add(visit(re.search(r"body=%?([^,\s]+)", rest)[1], runs * _trip_count(bodies, name, rest)))
             elif kind == "conditional":
-                branches = re.search(r"branch_computations=\{([^}]*)\}", rest)
-                for branch in branches[1].split(",") if branches else re.findall(r"_computation=%?([^,\s]+)", rest):
-                    visit(branch.strip().lstrip("%"), runs)
+                listed = re.search(r"branch_computations=\{([^}]*)\}", rest)
+                names = listed[1].split(",") if listed else re.findall(r"_computation=%?([^,\s]+)", rest)
+                branches = [visit(branch.strip().lstrip("%"), runs) for branch in names]
+                for branch in [max(branches, key=_Found.cycles)] if one_branch else branches:
+                    found.add(branch)
             elif kind == "call":
-                visit(re.search(r"to_apply=%?([^,\s]+)", rest)[1], runs)
+                found.add(visit(re.search(r"to_apply=%?([^,\s]+)", rest)[1], runs))
             elif "tpu_custom_call" in rest:
-                kernels[name] = {"runs": runs, **_kernel(rest)}
+                found.kernels[name] = {"runs": runs, **_kernel(rest)}
             else:
                 estimate = re.search(r'"estimated_cycles":"(\d+)"', rest)
                 arguments = re.findall(r"%([^\s,()]+)", rest.split("), ", 1)[0][opcode.end() :]) if opcode else []
                 size = array_bytes(types[name]) + sum(array_bytes(types.get(x, "")) for x in arguments)
-                operations.append(Operation(name, runs, int(estimate[1]) if estimate else None, size, bool(exchanged)))
+                cycles = int(estimate[1]) if estimate else None
+                found.operations.append(Operation(name, runs, cycles, size, bool(exchanged)))
+        return found
 
-    visit(entry, 1)
-    return Reading(kernels, tuple(operations), tuple(exchanges.values()))
+    found = visit(entry, 1)
+    return Reading(found.kernels, tuple(found.operations), tuple(found.exchanges.values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What one computation runs; exchanges by a key that their parts share."""
+
+    kernels: dict[str, dict[str, Any]]
+    operations: list[Operation]
+    exchanges: dict[str, Collective]
+
+    def add(self, other: "_Found") -> None:
+        self.kernels.update(other.kernels)
+        self.operations.extend(other.operations)
+        self.exchanges.update(other.exchanges)
+
+    def cycles(self) -> int:
+        return sum(x.runs * (x.cycles or 0) for x in self.operations)
 
 
 def _computations(text: str) -> tuple[dict[str, list[tuple[str, str]]], str]:
@@ -145,7 +165,7 @@ def _sizes(text: str) -> Iterator[int]:
 
 def _trip_count(bodies: dict[str, list[tuple[str, str]]], name: str, rest: str) -> int:
     condition = bodies[re.search(r"condition=%?([^,\s]+)", rest)[1]]
-    limits = [re.search(r"s32\[\]\S* constant\((\d+)\)", line) for _, line in condition]
+    limits = [re.search(r"[su]32\[\]\S* constant\((\d+)\)", line) for _, line in condition]
     limits = [int(limit[1]) for limit in limits if limit]
     if len(limits) != 1 or not any("direction=LT" in line for _, line in condition):
         raise ValueError(f"{name} is a loop of unknown length, expected one that counts from 0 to a constant")

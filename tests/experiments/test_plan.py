@@ -84,6 +84,28 @@ def test_time_is_cycles_over_the_clock_and_stated_costs_of_kernels():
     assert uncounted == 1
 
 
+def test_of_a_conditional_all_branches_count_or_the_longest():
+    branches = """\
+%short (s: f32[]) -> f32[] {
+  %s = f32[] parameter(0)
+  ROOT %fusion.8 = f32[] fusion(%s), kind=kLoop, calls=%x, backend_config={"estimated_cycles":"10"}
+}
+
+%long (l: f32[]) -> f32[] {
+  %l = f32[] parameter(0)
+  ROOT %fusion.9 = f32[] fusion(%l), kind=kLoop, calls=%x, backend_config={"estimated_cycles":"30"}
+}
+
+ENTRY %main (a: f32[], i: s32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %choice = f32[] conditional(%i, %a, %a), branch_computations={%short, %long}
+}
+"""
+    assert {x.name for x in read_program(branches).operations} == {"fusion.8", "fusion.9"}
+    assert [x.name for x in read_program(branches, one_branch=True).operations] == ["fusion.9"]
+
+
 def test_a_loop_of_unknown_length_is_named():
     with pytest.raises(ValueError, match="loop is a loop of unknown length"):
         read_program(SCHEDULED.replace("direction=LT", "direction=NE"))
