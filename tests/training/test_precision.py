@@ -135,7 +135,7 @@ def test_a_whole_step_in_bfloat16_and_its_export(tmp_path: Path) -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves((shapes.opt_state, sums.grads)) if leaf.ndim} == {np.dtype("f4")}
 
     # Masters that bfloat16 cannot hold are what is exported.
-    state = jax.tree.map(lambda leaf: np.full(leaf.shape, 1 + 2**-12, leaf.dtype), shapes)
+    state = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 1 + 2**-12, leaf.dtype), shapes)
     assert isinstance(state.opt_state, Masters)
     with checkpoints.open_checkpoints(tmp_path, 1) as manager:
         checkpoints.save(manager, 1, state, {}, experiment)
