@@ -27,16 +27,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch's process needs memory too
-if "XLA_FLAGS" not in os.environ and os.environ.get("JAX_PLATFORMS") != "cpu":
-    os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from benchmarks.step_time import nsa_options
+from benchmarks.train_7b import set_up_xla
 from experiments.timing import turn
 from pallas_kernels import block_means, block_selection, compressed_attention, nsa_attention, prefix_attention
 from videonsa_jax.checkpoints import hf_config
@@ -283,6 +280,8 @@ def summary(parts: dict[str, Any], layers: int) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch's process needs memory too
+    set_up_xla()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="file for everything measured")
     parser.add_argument("--samples", type=int, default=3, help="timed runs of each program")

@@ -26,13 +26,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.97")
-if "XLA_FLAGS" not in os.environ and os.environ.get("JAX_PLATFORMS") != "cpu":
-    # The last: XLA's own all-reduce kernel is suspected of wrong sums on two GPUs (docs/scale.md); NCCL's is used.
-    os.environ["XLA_FLAGS"] = (
-        "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false --xla_gpu_experimental_use_collective_kernels="
-    )
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -391,8 +384,18 @@ def make_experiment(options: argparse.Namespace) -> Experiment:
     )
 
 
+def set_up_xla() -> None:
+    """Memory and flags, unless the environment says otherwise; read when the first array is made."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.97")
+    if "XLA_FLAGS" not in os.environ and os.environ.get("JAX_PLATFORMS") != "cpu":
+        # The last: XLA's own all-reduce kernel is suspected of wrong sums on two GPUs (docs/scale.md); NCCL's is used.
+        wanted = ("autotune_level=0", "enable_triton_gemm=false", "experimental_use_collective_kernels=")
+        os.environ["XLA_FLAGS"] = " ".join(f"--xla_gpu_{flag}" for flag in wanted)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command."""
+    set_up_xla()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="file for everything measured")
     parser.add_argument("--fsdp", type=int, default=1, help="devices over which everything is split")
