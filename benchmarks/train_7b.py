@@ -51,6 +51,7 @@ from videonsa_jax.training.step import (
     init_state,
     make_losses,
     make_model,
+    sums_like,
 )
 
 PAPER_SAMPLES, PAPER_BATCH = 216_000, 32  # VideoNSA, App. B and Q
@@ -159,8 +160,7 @@ class Benchmark:
         )
 
     def _sums_shardings(self) -> Sums:
-        scalars = dict.fromkeys(("loss", "answer_tokens", "correct", "visual_tokens", "text_tokens"), self.replicated)
-        return Sums(grads=self.shardings.params, **scalars)
+        return sums_like(self.shardings.params, self.replicated)
 
     def compile_init(self) -> None:
         """Starts to compile the making of the first state."""

@@ -50,7 +50,7 @@ from videonsa_jax.training.mesh import (
     state_shardings,
 )
 from videonsa_jax.training.optimizer import learning_rate, make_optimizer
-from videonsa_jax.training.step import Params, Sums, accumulate, apply_gradients, init_state, make_losses
+from videonsa_jax.training.step import Params, accumulate, apply_gradients, init_state, make_losses, sums_like
 
 EXIT_FITS, EXIT_DOES_NOT_FIT, EXIT_USAGE = 0, 1, 2
 LOCAL = "local"
@@ -175,10 +175,7 @@ def plan(experiment: Experiment, topology: str, tokens: int, text: int) -> Plan:
     losses = make_losses(model, train, mesh)
     add_batch = functools.partial(accumulate, losses, train)
     replicated = NamedSharding(mesh, PartitionSpec())
-    of_sums = Sums(
-        grads=split_params(of_state.params, train.frozen)[0],
-        **{field.name: replicated for field in dataclasses.fields(Sums) if field.name != "grads"},
-    )
+    of_sums = sums_like(split_params(of_state.params, train.frozen)[0], replicated)
     update = functools.partial(apply_gradients, optimizer, learning_rate(experiment.optimizer, train.steps))
 
     began = time.monotonic()

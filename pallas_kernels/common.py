@@ -62,3 +62,24 @@ def merge_by_lse(
     total = jnp.where(empty, 1.0, weight_first + weight_second)
     o = (weight_first / total)[..., None] * o_first + (weight_second / total)[..., None] * o_second
     return o.astype(o_first.dtype), jnp.where(empty, EMPTY_LSE, top + jnp.log(total))
+
+
+def merge_parts(
+    o: Float32[jax.Array, "P *rows D"], lse: Float32[jax.Array, "P *rows"]
+) -> tuple[Float32[jax.Array, "*rows D"], Float32[jax.Array, "*rows"]]:
+    """Attention over all keys from that over each of P parts of them; `merge_by_lse` for kernels' float32 results.
+
+    Args:
+      o: output over each part.
+      lse: its natural log-sum-exp, -1e30 where a row sees no key of the part.
+
+    Returns:
+      Output and log-sum-exp over the union; 0 and -1e30 where a row sees no key at all.
+    """
+    top = lse.max(axis=0)
+    weights = jnp.where(lse == EMPTY_LSE, 0.0, jnp.exp(lse - top))
+    total = weights.sum(axis=0)
+    empty = total == 0.0
+    weights = weights / jnp.where(empty, 1.0, total)
+    merged = jnp.sum(weights[..., None] * o, axis=0)
+    return merged, jnp.where(empty, EMPTY_LSE, top + jnp.log(jnp.where(empty, 1.0, total)))

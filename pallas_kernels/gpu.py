@@ -63,23 +63,24 @@ def on_hopper(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def check_covered(dtype: Any, group_size: int, head_dim: int) -> None:
-    """Refuses queries that the kernels do not take.
+def check_covered(dtype: Any, group_size: int, head_dim: int, kernel: str = "Mosaic GPU") -> None:
+    """Refuses queries that the GPU kernels do not take.
 
     Args:
       dtype: of q, k and v.
       group_size: G, query heads per KV head.
       head_dim: D.
+      kernel: what the message calls them.
 
     Raises:
       NotImplementedError: names the argument, the value seen and those that are covered.
     """
     if dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"the Mosaic GPU kernel takes bfloat16 and float16, not {dtype}")
+        raise NotImplementedError(f"the {kernel} kernel takes bfloat16 and float16, not {dtype}")
     if head_dim not in (64, 128):
-        raise NotImplementedError(f"the Mosaic GPU kernel takes head sizes 64 and 128, not {head_dim}")
+        raise NotImplementedError(f"the {kernel} kernel takes head sizes 64 and 128, not {head_dim}")
     if group_size > 8:
-        raise NotImplementedError(f"the Mosaic GPU kernel takes at most 8 query heads per KV head, not {group_size}")
+        raise NotImplementedError(f"the {kernel} kernel takes at most 8 query heads per KV head, not {group_size}")
 
 
 def in_eights(x: Shaped[jax.Array, "B L ..."], **how: Any) -> Shaped[jax.Array, "B P ..."]:

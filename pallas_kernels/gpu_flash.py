@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Float32
 
 from pallas_kernels import gpu, gpu_flash_backward, gpu_flash_kernels, gpu_flash_plan
-from pallas_kernels.common import EMPTY_LSE, zero_where
+from pallas_kernels.common import EMPTY_LSE, merge_parts, zero_where
 from pallas_kernels.gpu import TILE_ROWS
 from pallas_kernels.gpu_flash_config import Config, heuristic
 from pallas_kernels.gpu_flash_kernels import source
@@ -159,7 +159,8 @@ def attend(
     )
     if config.parts == 1:
         return o, lse
-    return _merge_parts(tiles, config.parts, o, lse, q.dtype)
+    o, lse = merge_parts(*(x.reshape(config.parts, -1, *x.shape[1:]) for x in (o, lse)))
+    return tiles.unpack(o).astype(q.dtype), lse
 
 
 def gradients(
@@ -229,15 +230,3 @@ def _sum_pieces(pieces: jax.Array, k: jax.Array) -> jax.Array:
 
 def _tiles(rule: Rule, q: jax.Array) -> Tiles:
     return Tiles(*q.shape[:4], rule.config.tokens)
-
-
-def _merge_parts(tiles: Tiles, parts: int, o: jax.Array, lse: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Output and log-sum-exp over all keys, from those over each part of them."""
-    o, lse = (x.reshape(parts, -1, *x.shape[1:]) for x in (o, lse))
-    top = lse.max(axis=0)
-    weights = jnp.where(lse == EMPTY_LSE, 0.0, jnp.exp(lse - top))
-    total = weights.sum(axis=0)
-    empty = total == 0.0
-    weights = weights / jnp.where(empty, 1.0, total)
-    o = tiles.unpack(jnp.sum(weights[..., None] * o, axis=0)).astype(dtype)
-    return o, jnp.where(empty, EMPTY_LSE, top + jnp.log(jnp.where(empty, 1.0, total)))

@@ -194,15 +194,34 @@ def _prepare_selected(
     q_offset: jax.Array,
 ) -> tuple[Any, Any]:
     selected_attention.check_covered(q, k, settings.block_size)
+    config = _selected_config(q)
+    return prepared_lists(settings, config.forward.tokens, config.dq.tokens, k, choice, length, q_offset)
+
+
+def prepared_lists(
+    settings: Settings,
+    forward: int,
+    dq: int,
+    k: jax.Array,
+    choice: Words | jax.Array,
+    length: jax.Array,
+    q_offset: jax.Array,
+) -> tuple[Any, Any]:
+    """What a selected branch's `prepare` gives, for tiles of so many tokens in the forward kernel and in dq's."""
     place = (length, q_offset, k.shape[1], settings.block_size)
     if isinstance(choice, Words):
         build = functools.partial(selected_lists.tile_lists_from_words, choice.words, settings.block_count, *place)
     else:
         choice = selected_lists.visible_choice(choice, *place)
         build = functools.partial(selected_lists.tile_lists, choice, *place)
-    lists = selected_attention.work_lists(_selected_config(q), build)
-    choice, (forward, dq) = jax.tree.map(lambda x: checkpoint_name(x, "nsa_choice"), (choice, lists))
-    return forward, (choice, q_offset, dq)
+    lists = selected_lists.work_lists(forward, dq, build)
+    choice, (of_forward, of_dq) = jax.tree.map(lambda x: checkpoint_name(x, "nsa_choice"), (choice, lists))
+    return of_forward, (choice, q_offset, of_dq)
+
+
+def chosen_blocks(settings: Settings, choice: Words | jax.Array) -> jax.Array:
+    """The choice that `prepared_lists` kept, as block indices [B, N, T, n]."""
+    return jnp.swapaxes(indices_of(choice.words, settings.block_count), 1, 2) if isinstance(choice, Words) else choice
 
 
 def _selected_forward(
@@ -236,9 +255,7 @@ def _selected_backward(
     prepared: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     choice, q_offset, lists = prepared
-    own = isinstance(choice, Words)
-    chosen = jnp.swapaxes(indices_of(choice.words, settings.block_count), 1, 2) if own else choice
-    config = _selected_config(q)
+    chosen, config = chosen_blocks(settings, choice), _selected_config(q)
     return selected_attention.backward_from(
         config, settings.interpret, q, k, v, do, lse, delta, chosen, q_offset, lists
     )

@@ -4,14 +4,11 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import gpu_flash, triton_calls, triton_flash, triton_flash_config
+from pallas_kernels import gpu_flash, triton_flash, triton_flash_config
 from pallas_kernels.block_selection import triton as block_selection
-from pallas_kernels.block_words import indices_of
-from pallas_kernels.nsa_gpu import HOPPER, Branch, Operations, Settings, Words
-from pallas_kernels.selected_attention import gpu_lists
+from pallas_kernels.nsa_gpu import HOPPER, Branch, Operations, Settings, Words, chosen_blocks, prepared_lists
+from pallas_kernels.selected_attention import gpu_lists, triton_rule
 from pallas_kernels.selected_attention import triton as selected_attention
 from pallas_kernels.selected_attention import triton_config as selected_config
 
@@ -52,22 +49,9 @@ def _prepare_selected(
     length: jax.Array,
     q_offset: jax.Array,
 ) -> tuple[Any, Any]:
-    triton_calls.check_covered(q.dtype, *q.shape[3:])
-    if settings.block_size != selected_attention.BLOCK:
-        raise NotImplementedError(
-            f"the Triton kernel takes block_size {selected_attention.BLOCK}, not {settings.block_size}"
-        )
-    place = (length, q_offset, k.shape[1], settings.block_size)
-    if isinstance(choice, Words):
-        build = functools.partial(gpu_lists.tile_lists_from_words, choice.words, settings.block_count, *place)
-    else:
-        choice = gpu_lists.visible_choice(choice, *place)
-        build = functools.partial(gpu_lists.tile_lists, choice, *place)
+    triton_rule.check_covered(q, k, settings.block_size)
     config = _selected_config(q)
-    lists = {tokens: build(tokens) for tokens in {config.forward.tokens, config.dq.tokens}}
-    kept = choice, lists[config.forward.tokens], lists[config.dq.tokens]
-    choice, forward, dq = jax.tree.map(lambda x: checkpoint_name(x, "nsa_choice"), kept)
-    return forward, (choice, q_offset, dq)
+    return prepared_lists(settings, config.forward.tokens, config.dq.tokens, k, choice, length, q_offset)
 
 
 def _selected_forward(
@@ -87,9 +71,7 @@ def _selected_backward(
     prepared: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     choice, q_offset, lists = prepared
-    own = isinstance(choice, Words)
-    chosen = jnp.swapaxes(indices_of(choice.words, settings.block_count), 1, 2) if own else choice
-    config = _selected_config(q)
+    chosen, config = chosen_blocks(settings, choice), _selected_config(q)
     dq = selected_attention.query_gradient(config, q, k, v, do, lse, delta, lists)
     queries_of = gpu_lists.block_lists(chosen, q_offset, k.shape[1], settings.block_size, config.dkdv.part)
     return dq, *selected_attention.key_gradients(config, q, k, v, do, lse, delta, queries_of)

@@ -3,15 +3,21 @@
 jax_triton and triton are imported when a kernel is called, not before: most machines have neither.
 """
 
+import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+
+from pallas_kernels import gpu
 
 OLDEST = 8.0
 """Compute capability from which on the kernels run: they copy to shared memory asynchronously and take bfloat16."""
+
+
+check_covered = functools.partial(gpu.check_covered, kernel="Triton")
+"""`gpu.check_covered`, which says so of Triton's kernels."""
 
 
 def on_nvidia(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,9 +31,6 @@ def on_nvidia(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
-        if missing:
-            raise NotImplementedError(f"the Triton kernel needs the package {missing[0]}, which is not installed")
         device = jax.devices()[0]
         capability = getattr(device, "compute_capability", None)
         # An AMD device names its architecture here (gfx942), not a number.
@@ -36,28 +39,12 @@ def on_nvidia(kernel: Callable[..., Any]) -> Callable[..., Any]:
             raise NotImplementedError(
                 f"the Triton kernel needs an NVIDIA GPU of compute capability {OLDEST} or more, not {seen}"
             )
+        missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise NotImplementedError(f"the Triton kernel needs the package {missing[0]}, which is not installed")
         return kernel(*args, **kwargs)
 
     return run
-
-
-def check_covered(dtype: Any, group_size: int, head_dim: int) -> None:
-    """Refuses queries that the kernels do not take.
-
-    Args:
-      dtype: of q, k and v.
-      group_size: G, query heads per KV head.
-      head_dim: D.
-
-    Raises:
-      NotImplementedError: names the argument, the value seen and those that are covered.
-    """
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"the Triton kernel takes bfloat16 and float16, not {dtype}")
-    if head_dim not in (64, 128):
-        raise NotImplementedError(f"the Triton kernel takes head sizes 64 and 128, not {head_dim}")
-    if group_size > 8:
-        raise NotImplementedError(f"the Triton kernel takes at most 8 query heads per KV head, not {group_size}")
 
 
 def launch(

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Float32, Int32
 
 from pallas_kernels import triton_calls
-from pallas_kernels.common import EMPTY_LSE, zero_where
+from pallas_kernels.common import EMPTY_LSE, merge_parts, zero_where
 from pallas_kernels.gpu import LOG2_E, delta_of
 from pallas_kernels.gpu_flash import Visible
 from pallas_kernels.gpu_flash_plan import bounds
@@ -127,7 +127,8 @@ def attend(
     )
     if config.parts == 1:
         return o, lse[0]
-    return _merge_parts(o, lse, q.dtype)
+    o, lse = merge_parts(o, lse)
+    return o.astype(q.dtype), lse
 
 
 def gradients(
@@ -281,16 +282,3 @@ def _results(parts: int, like: jax.Array) -> jax.ShapeDtypeStruct:
     if parts == 1:
         return jax.ShapeDtypeStruct(like.shape, like.dtype)
     return jax.ShapeDtypeStruct((parts, *like.shape), jnp.float32)
-
-
-def _merge_parts(
-    o: Float32[jax.Array, "P B T N G D"], lse: Float32[jax.Array, "P B T N G"], dtype: Any
-) -> tuple[jax.Array, jax.Array]:
-    """Output and log-sum-exp over all keys, from those over each part of them."""
-    top = lse.max(axis=0)
-    weights = jnp.where(lse == EMPTY_LSE, 0.0, jnp.exp(lse - top))
-    total = weights.sum(axis=0)
-    empty = total == 0.0
-    weights = weights / jnp.where(empty, 1.0, total)
-    o = jnp.sum(weights[..., None] * o, axis=0).astype(dtype)
-    return o, jnp.where(empty, EMPTY_LSE, top + jnp.log(jnp.where(empty, 1.0, total)))

@@ -7,6 +7,7 @@ hold nothing else, so a kernel never meets a key past `lengths`.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +115,18 @@ def tile_lists(
     )
 
     return _lists_of(table, length, q_offset, queries, min(tokens * places, blocks), block_size, tokens)
+
+
+def work_lists(forward: int, dq: int, build: Callable[[int], TileLists]) -> tuple[TileLists, TileLists]:
+    """The lists of the forward kernel and of dq's, built once where both have tiles of as many tokens.
+
+    Args:
+      forward: tokens of a tile of the forward kernel.
+      dq: likewise of dq's.
+      build: gives the lists for a number of tokens.
+    """
+    lists = {tokens: build(tokens) for tokens in {forward, dq}}
+    return lists[forward], lists[dq]
 
 
 def tile_lists_from_words(

@@ -7,7 +7,6 @@ it.
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +23,7 @@ from pallas_kernels.gpu import HIDDEN, ROW_LAYOUT, TILE_ROWS
 from pallas_kernels.selected_attention import gpu_config
 from pallas_kernels.selected_attention import gpu_tiles as tiling
 from pallas_kernels.selected_attention import mosaic_gpu_backward as backward
-from pallas_kernels.selected_attention.gpu_lists import TileLists, block_lists, tile_lists, visible_choice
+from pallas_kernels.selected_attention.gpu_lists import TileLists, block_lists, tile_lists, visible_choice, work_lists
 from pallas_kernels.selected_attention.gpu_tiles import BLOCK
 
 SAVED = ("selected_output", "selected_lse")
@@ -96,13 +95,13 @@ def whole_blocks(x: Float[jax.Array, "B S N D"], length: Int[jax.Array, "B"] | N
     return jnp.pad(x, [(0, 0), (0, block_total(keys, BLOCK) * BLOCK - keys), (0, 0), (0, 0)])
 
 
-def check_covered(q: jax.Array, k: jax.Array, block_size: int) -> None:
+def check_covered(q: jax.Array, k: jax.Array, block_size: int, kernel: str = "Mosaic GPU") -> None:
     """Raises NotImplementedError for a dtype, head size, group, block size or number of keys that is not covered."""
-    gpu.check_covered(q.dtype, *q.shape[3:])
+    gpu.check_covered(q.dtype, *q.shape[3:], kernel)
     if block_size != BLOCK:
-        raise NotImplementedError(f"the Mosaic GPU kernel takes block_size {BLOCK}, not {block_size}")
+        raise NotImplementedError(f"the {kernel} kernel takes block_size {BLOCK}, not {block_size}")
     if block_total(k.shape[1], BLOCK) >= 2**15:
-        raise NotImplementedError(f"the Mosaic GPU kernel takes fewer than {2**15 * BLOCK} keys, not {k.shape[1]}")
+        raise NotImplementedError(f"the {kernel} kernel takes fewer than {2**15 * BLOCK} keys, not {k.shape[1]}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -130,7 +129,7 @@ def _attend_forward(
     q_offset: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
     build = functools.partial(tile_lists, chosen, length, q_offset, k.shape[1], BLOCK)
-    forward_lists, dq_lists = work_lists(config, build)
+    forward_lists, dq_lists = work_lists(config.forward.tokens, config.dq.tokens, build)
     results = forward(config.forward, interpret, q, k, v, forward_lists)
     o, lse = (checkpoint_name(x, name) for x, name in zip(results, SAVED, strict=True))
     return (o, lse), (q, k, v, chosen, q_offset, dq_lists, o, lse)
@@ -150,12 +149,6 @@ def _attend_backward(
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def work_lists(config: gpu_config.Config, build: Callable[[int], TileLists]) -> tuple[TileLists, TileLists]:
-    """The lists of the forward kernel and of dq's, from a function of the tokens of a tile."""
-    lists = {tokens: build(tokens) for tokens in {config.forward.tokens, config.dq.tokens}}
-    return lists[config.forward.tokens], lists[config.dq.tokens]
 
 
 def backward_from(

@@ -4,13 +4,15 @@ A program owns 16 (or 8) neighbouring tokens of one KV head, 8 rows each, and re
 dk and dv a program owns a block and gathers 8 of its queries at a time. docs/kernels.md compares it with Mosaic's.
 """
 
+import functools
+
 import jax
 from jaxtyping import Float, Float32, Int
 
 from pallas_kernels import triton_calls
 from pallas_kernels.common import ArrayLike, Scalar
 from pallas_kernels.selected_attention import triton_rule
-from pallas_kernels.selected_attention.gpu_lists import BlockLists, TileLists, tile_lists
+from pallas_kernels.selected_attention.gpu_lists import BlockLists, TileLists, tile_lists, work_lists
 from pallas_kernels.selected_attention.gpu_tiles import BLOCK
 from pallas_kernels.selected_attention.triton_config import Config, heuristic
 
@@ -55,15 +57,11 @@ def selected_attention(
     )
 
 
-def work_lists(
+def _lists(
     config: Config, chosen: Int[jax.Array, "B N T n"], length: Int[jax.Array, "B"], q_offset: Scalar, keys: int
 ) -> tuple[TileLists, TileLists]:
-    """The lists of the forward kernel and of dq's."""
-    build = {
-        tokens: tile_lists(chosen, length, q_offset, keys, BLOCK, tokens)
-        for tokens in {config.forward.tokens, config.dq.tokens}
-    }
-    return build[config.forward.tokens], build[config.dq.tokens]
+    build = functools.partial(tile_lists, chosen, length, q_offset, keys, BLOCK)
+    return work_lists(config.forward.tokens, config.dq.tokens, build)
 
 
 def forward(
@@ -135,4 +133,4 @@ def key_gradients(
     return triton_rule.launch_key_gradients(kernel, config.dkdv, q, k, v, do, lse, delta, lists, TOKENS=tokens)
 
 
-_DESIGN = triton_rule.Design(work_lists, forward, query_gradient, key_gradients)
+_DESIGN = triton_rule.Design(_lists, forward, query_gradient, key_gradients)

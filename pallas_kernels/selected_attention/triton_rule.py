@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import gpu, triton_calls
 from pallas_kernels.common import EMPTY_LSE, ArrayLike, Scalar, resolve_lengths
+from pallas_kernels.selected_attention import mosaic_gpu
 from pallas_kernels.selected_attention.gpu_lists import BlockLists, block_lists, visible_choice
 from pallas_kernels.selected_attention.gpu_tiles import BLOCK
 from pallas_kernels.selected_attention.mosaic_gpu import SAVED, whole_blocks
@@ -54,13 +55,7 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
     """Output and log-sum-exp; arguments as in `api.selected_attention`, and `config`, None for `heuristic`'s."""
     q, k, v, block_indices = (jnp.asarray(x) for x in (q, k, v, block_indices))
-    triton_calls.check_covered(q.dtype, *q.shape[3:])
-    if block_size != BLOCK:
-        raise NotImplementedError(f"the Triton kernel takes block_size {BLOCK}, not {block_size}")
-    if math.prod(q.shape[1:]) >= MOST or math.prod(k.shape[1:]) >= MOST:
-        raise NotImplementedError(
-            f"the Triton kernel takes rows of a batch below {MOST} elements, not q of {q.shape} and k of {k.shape}"
-        )
+    check_covered(q, k, block_size)
     if 0 in (*q.shape, *k.shape, block_indices.shape[3]):
         return jnp.zeros(q.shape, q.dtype), jnp.full(q.shape[:-1], EMPTY_LSE, jnp.float32)
     length = resolve_lengths(lengths, q.shape[0], k.shape[1])
@@ -68,6 +63,15 @@ def attend(
     chosen = visible_choice(block_indices, length, q_offset, k.shape[1], block_size)
     k, v = (whole_blocks(x, length if lengths is not None else None) for x in (k, v))
     return _attend(design, config, q, k, v, chosen, length, jnp.asarray(q_offset, jnp.int32))
+
+
+def check_covered(q: jax.Array, k: jax.Array, block_size: int) -> None:
+    """Raises NotImplementedError for what Mosaic's kernels do not cover, or a batch row of `MOST` elements."""
+    mosaic_gpu.check_covered(q, k, block_size, "Triton")
+    if math.prod(q.shape[1:]) >= MOST or math.prod(k.shape[1:]) >= MOST:
+        raise NotImplementedError(
+            f"the Triton kernel takes rows of a batch below {MOST} elements, not q of {q.shape} and k of {k.shape}"
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

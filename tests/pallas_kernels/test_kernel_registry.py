@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import nsa_attention, registry, window_attention
-from pallas_kernels.measured_order import FILE
+from pallas_kernels.measured_order import FILE, measured_order
 
 
 @pytest.fixture
@@ -112,6 +112,7 @@ def test_none_takes_what_was_measured_fastest_on_the_device(arrays, a_gpu, monke
 
 
 def test_the_table_names_what_exists():
+    assert measured_order("a device that nobody measured", "nsa_attention") == ()
     table = json.loads(FILE.read_text())["devices"]
     for operations in table.values():
         for names in operations.values():

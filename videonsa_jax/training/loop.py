@@ -55,7 +55,6 @@ from videonsa_jax.training.report import REPORT_FILE, accuracies, write_report
 from videonsa_jax.training.spikes import SPIKES_FILE, SpikeDetector, append_spike, spike_record
 from videonsa_jax.training.step import (
     Rows,
-    Sums,
     accumulate,
     apply_gradients,
     choose_options,
@@ -63,6 +62,7 @@ from videonsa_jax.training.step import (
     make_forward,
     make_losses,
     start_state,
+    sums_like,
 )
 
 # What processes on several hosts may be told each in its own way.
@@ -275,11 +275,11 @@ def train(
 
         # 4. The functions of a step. Each batch shape compiles once, when it is first met.
         replicated = NamedSharding(mesh, PartitionSpec())
-        scalars = dict.fromkeys(("loss", "answer_tokens", "correct", "visual_tokens", "text_tokens"), replicated)
+        of_sums = sums_like(split_params(shardings.params, config.frozen)[0], replicated)
         add_batch = TimedJit(
             functools.partial(accumulate, losses, config),
             donate_argnums=1,
-            out_shardings=(Sums(grads=split_params(shardings.params, config.frozen)[0], **scalars), replicated),
+            out_shardings=(of_sums, replicated),
         )
         update = TimedJit(
             functools.partial(apply_gradients, optimizer, schedule, offloaded=config.offload_optimizer),

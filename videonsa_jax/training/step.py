@@ -69,6 +69,12 @@ class Sums:
     text_tokens: Leaf
 
 
+def sums_like(grads: Params, scalar: Leaf) -> Sums:
+    """`Sums` of these gradients, or of their shardings, with the same leaf for every scalar."""
+    scalars = (field.name for field in dataclasses.fields(Sums) if field.name != "grads")
+    return Sums(grads=grads, **dict.fromkeys(scalars, scalar))
+
+
 @register_pytree
 @dataclass(frozen=True)
 class Rows:
