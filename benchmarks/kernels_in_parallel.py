@@ -2,10 +2,9 @@
 
     python -m benchmarks.kernels_in_parallel --tensors=selection.npz --json=benchmarks/results/h100_kernels_DATE.json
 
-Compiling is most of the time, so that one process per length and group of operations compiles beside the others; they
-take turns on the device (`--share`). Longer lengths begin first, as many as its memory holds at once. Every process
-writes its own JSON after each figure into the folder OUT_parts; what was written when `--limit` seconds are over is
-merged.
+Compiling is most of the time, so that one process per length and group of operations compiles beside the others; each
+then has the device to itself until it ends (`--share`). Every process writes its own JSON after each figure into the
+folder OUT_parts; what was written when `--limit` seconds are over is merged.
 """
 
 import argparse
@@ -19,15 +18,13 @@ from pathlib import Path
 from experiments import kernel_results
 from experiments.bench_kernels import speedups
 
-LENGTHS = (131072, 65536, 32768, 16384, 16421, 8192)
+LENGTHS = (131072, 65536, 32768, 16384, 16421, 8192, 4096)
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "whole": ("--ops=nsa_attention,dense_attention", "--implementations=mosaic_gpu,cudnn_dense,mosaic_dense"),
+    "whole": ("--ops=nsa_attention", "--implementations=mosaic_gpu"),
+    "dense": ("--ops=dense_attention", "--implementations=cudnn_dense,mosaic_dense"),
     "whole-triton": ("--ops=nsa_attention", "--implementations=triton,triton_token_major", "--drawn-only"),
-    "layer": (
-        "--ops=nsa_layer,dense_layer",
-        "--implementations=mosaic_gpu,triton,cudnn_dense",
-    ),
+    "layer": ("--ops=nsa_layer,dense_layer", "--implementations=mosaic_gpu,triton,cudnn_dense"),
     "parts": (
         "--ops=compressed_attention,block_selection,window_attention,block_means,text_queries,decode",
         "--implementations=mosaic_gpu,triton,xla",
@@ -39,38 +36,30 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "--drawn-only",
     ),
 }
-"""Arguments of one process; "xla" is far slower than the others, at 16K + 37 stands attention alone."""
+"""Arguments of one process; "xla" is far slower than the others."""
 
 ONLY_AT = {
     "xla": (8192,),
-    "layer": (65536, 32768, 16384, 8192),
+    "whole-triton": (131072, 65536, 32768, 16384, 16421, 8192),
+    "layer": (65536, 32768, 16384, 8192, 4096),
     "parts": (131072, 65536, 32768, 16384, 8192),
     "selected": (131072, 65536, 32768, 16384, 8192),
 }
+"""At 16K + 37 stands attention alone, at 4K what crosses over."""
 
 OWN_CHOICE_AT = (131072, 65536)
 """Lengths at which the whole runs with its own choice, too, on random and on trained tensors."""
 
+OTHER_SIMILARITIES = "65536:0,65536:0.98"
+"""Length and rho at which the whole runs besides."""
+
 ONE_INPUT_AT = (131072, 65536)
 """Lengths at which all but the whole keep one set of arrays."""
 
-GIB_AT_128K = {"whole": 20, "whole-triton": 16, "layer": 32, "parts": 10, "selected": 12, "xla": 64}
-"""Device memory that a process of a group comes to hold and keeps until it ends; it grows with the length.
-Estimated from what the compiled programs take, not measured."""
-
-GIB_OF_A_PROCESS = 0.6
-"""What a process takes before it has any array."""
-
 
 def jobs(groups: Sequence[str], lengths: Sequence[int]) -> list[tuple[str, int]]:
-    """(group, length) of every process, the slowest first."""
+    """(group, length) of every process, the longest first."""
     return [(group, length) for length in lengths for group in groups if length in ONLY_AT.get(group, lengths)]
-
-
-def memory(job: tuple[str, int]) -> float:
-    """GiB of device memory that a (group, length) may come to hold."""
-    group, length = job
-    return GIB_OF_A_PROCESS + GIB_AT_128K[group] * length / 131072
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,8 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--groups", default=",".join(GROUPS), metavar="NAME,...", help="default: all of them")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), metavar="T,...")
     parser.add_argument("--tensors", type=Path, metavar="NPZ", help="of experiments.measure_selection, for the whole")
-    parser.add_argument("--at-once", type=int, default=16, metavar="N", help="processes; default 16")
-    parser.add_argument("--memory", type=float, default=72.0, metavar="GIB", help="of the device; default 72")
+    parser.add_argument("--at-once", type=int, default=20, metavar="N", help="processes; default 20")
     parser.add_argument("--limit", type=float, default=3600.0, metavar="S", help="seconds; default an hour")
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + options.limit
@@ -96,21 +84,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     waiting = jobs(options.groups.split(","), tuple(map(int, options.lengths.split(","))))
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     while (waiting or running) and time.monotonic() < deadline:
-        while len(running) < options.at_once:
-            room = options.memory - sum(map(memory, running))
-            job = next((job for job in waiting if memory(job) <= room or not running), None)
-            if job is None:
-                break
-            waiting.remove(job)
+        while waiting and len(running) < options.at_once:
+            job = waiting.pop(0)
             group, length = job
             name = f"{group}-{length}"
             command = [sys.executable, "-m", "experiments.bench_kernels", *GROUPS[group], f"--lengths={length}"]
             command += ["--inputs=1"] if length in ONE_INPUT_AT and group != "whole" else []
             command += [f"--share={folder / 'turns'}", f"--json={folder / name}.json"]
-            if group == "whole" and length not in OWN_CHOICE_AT:
-                command += ["--drawn-only"]
-            elif group == "whole" and options.tensors:
-                command += [f"--tensors={options.tensors}"]
+            if group == "whole":
+                command += [f"--also={OTHER_SIMILARITIES}"]
+                command += [] if length in OWN_CHOICE_AT else ["--drawn-only"]
+                command += [f"--tensors={options.tensors}"] if options.tensors else []
             with (folder / f"{name}.log").open("wb") as log:
                 process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
             running[group, length] = process

@@ -31,11 +31,12 @@ import jax
 import jax.numpy as jnp
 
 from experiments import kernel_checks, kernel_results
-from experiments.drawn_cases import trained_tensors, union_size
+from experiments.drawn_cases import mean_union, trained_tensors, union_size
 from experiments.kernel_floors import Unions, floor
 from experiments.kernel_operations import DENSE_OF, OPERATIONS, Arrays, Operation
-from experiments.timing import median_ms, poison, turn
+from experiments.timing import floating_shapes, median_ms, nans, poison, turn
 from pallas_kernels import block_means, block_selection, compressed_attention
+from pallas_kernels.common import Scalar
 from pallas_kernels.specs import Spec
 from videonsa_jax.training.environment import environment
 
@@ -49,57 +50,87 @@ class WrongValues(Exception):
     """A result that is not what the reference says."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Case:
     """One operation on inputs of one shape.
 
     Attributes:
       name: of the operation.
-      choice: how its blocks come about, "" where it has none.
       spec: the shape.
-      inputs: arrays, several sets.
-      unions: how alike the drawn choice is; None where there is none.
+      choice: how its blocks come about, "" where it has none.
+      rho: similarity of neighbours' drawn blocks; None where none are drawn.
+      tensors: file of a trained model's tensors to run on; None for drawn ones.
     """
 
     name: str
-    choice: str
     spec: Spec
-    inputs: list[Arrays]
-    unions: Unions | None = None
+    choice: str = ""
+    rho: float | None = None
+    tensors: Path | None = None
 
     @property
     def operation(self) -> Operation:
         """What is run."""
         return OPERATIONS[self.name]
 
+    @property
+    def chooses(self) -> bool:
+        """Whether the operation makes its own choice of blocks."""
+        return self.operation.chooses and self.rho is None
+
+    @functools.cached_property
+    def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes and dtypes of its arrays."""
+        return jax.eval_shape(functools.partial(_drawn, self.operation, self.spec, self.rho), 0)
+
+    @functools.cached_property
+    def result(self) -> Any:
+        """Shape and dtype of the result, or of each."""
+        return jax.eval_shape(functools.partial(self.operation.call, self.spec, "reference", 0), *self.shapes)
+
+    @property
+    def choice_shape(self) -> jax.ShapeDtypeStruct:
+        """Shape of a choice of blocks."""
+        spec = self.spec
+        return jax.ShapeDtypeStruct((spec.batch, spec.queries, spec.kv_heads, spec.block_count), jnp.int32)
+
+    def draw(self, sets: int) -> list[Arrays]:
+        """Arrays, several sets of them but of the trained ones."""
+        if self.tensors:
+            return [trained_tensors(self.tensors, self.spec)]
+        return [_drawn(self.operation, self.spec, self.rho, seed) for seed in range(sets)]
+
 
 def cases(name: str, length: int, options: argparse.Namespace) -> Iterator[Case]:
-    """The cases of an operation at one length, each drawn when it is asked for."""
-    operation = OPERATIONS[name]
+    """The cases of an operation at one length."""
     spec = Spec(f"7B, {length}", queries=length, keys=length)
-
-    def drawn(choice: float | None) -> list[Arrays]:
-        return [operation.draw(spec, seed, choice) for seed in range(options.inputs)]
-
-    if not operation.chooses:
-        yield Case(name, "", spec, drawn(None))
+    if not OPERATIONS[name].chooses:
+        yield Case(name, spec)
         return
     further = tuple(rho for at, rho in options.also if at == length and name != "nsa_layer")
     for rho in options.rho[:1] if name == "nsa_layer" else options.rho + further:
-        inputs = drawn(rho)
-        yield Case(name, f"rho {rho:g}", spec, inputs, _unions(spec, inputs[0][-1]))
+        yield Case(name, spec, f"rho {rho:g}", rho)
     if name == "nsa_attention" and not options.drawn_only:
-        yield Case(name, "own", spec, drawn(None))
+        yield Case(name, spec, "own")
         if options.tensors:
-            yield Case(name, "trained", spec, [trained_tensors(options.tensors, spec)])
+            yield Case(name, spec, "trained", tensors=options.tensors)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _drawn(operation: Operation, spec: Spec, rho: float | None, seed: Scalar) -> Arrays:
+    return operation.draw(spec, seed, rho)
+
+
+NEIGHBOURS = (9, 27)
+"""Queries of a tile of the selected attention, of its backward and its forward kernels."""
 
 
 def _unions(spec: Spec, block_indices: jax.Array) -> Unions:
     blocks = -(-spec.keys // spec.block_size)
-    return Unions(*(union_size(block_indices, m, blocks) for m in (9, 27)))
+    return Unions(*(union_size(block_indices, m, blocks) for m in NEIGHBOURS))
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=32)
 def _choice(spec: Spec, implementation: str, shapes: tuple[Any, ...]) -> Any:
     """Compiles what `nsa_attention` chooses: q, k, v -> blocks."""
 
@@ -112,7 +143,7 @@ def _choice(spec: Spec, implementation: str, shapes: tuple[Any, ...]) -> Any:
     return jax.jit(choose).lower(*shapes).compile()
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def compiled_pass(name: str, spec: Spec, implementation: str, gradient: bool, shapes: tuple[Any, ...]) -> Any:
     """Compiles an operation for arrays of these shapes.
 
@@ -138,17 +169,61 @@ def memory(compiled: Any) -> dict[str, int]:
     return {"scratch_bytes": scratch, "result_bytes": results, "extra_bytes": scratch + results}
 
 
-def check(
-    case: Case, compiled: Any, gradient: bool, reference: Any, choice: jax.Array | None = None
-) -> dict[str, float]:
-    """Errors on the first inputs.
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What one pass of a case calls, compiled.
+
+    Attributes:
+      gradient: whether the pass has a backward one.
+      differentiable: how many of the first arrays the reference differentiates.
+      compiled: from `compiled_pass`.
+      choose: q, k, v -> the blocks that `compiled` chooses; None where the inputs hold them.
+      seconds: how long all this took to compile.
+    """
+
+    gradient: bool
+    differentiable: int
+    compiled: Any
+    choose: Any
+    seconds: float
+
+
+def programs(case: Case, implementation: str, gradient: bool, options: argparse.Namespace) -> Programs:
+    """Compiles one pass of a case, and all that `measure` calls beside it, so that the device works without a pause."""
+    began, operation, spec, shapes = time.monotonic(), case.operation, case.spec, case.shapes
+
+    def compile_only(function: Any, *arguments: Any) -> None:
+        function.lower(*arguments).compile()
+
+    compiled = compiled_pass(case.name, spec, implementation, gradient, shapes)
+    choose = _choice(spec, implementation, shapes[:3]) if case.chooses else None
+    differentiable = operation.differentiable if "fwdbwd" in options.passes else 0
+    compile_only(_drawn, operation, spec, case.rho, 0)
+    if operation.chooses:
+        for m in NEIGHBOURS:
+            compile_only(mean_union, case.choice_shape, m, -(-spec.keys // spec.block_size))
+    if case.name == "block_selection":
+        compile_only(kernel_checks.sampled_importances, spec, shapes)
+    else:
+        do, known = case.result, (*shapes, case.choice_shape) if case.chooses else shapes
+        expected = functools.partial(kernel_checks.expected_values, operation, spec, differentiable)
+        compile_only(kernel_checks.cotangent, do, 0)
+        compile_only(kernel_checks.only_sampled, operation, do)
+        compile_only(kernel_checks.expected_values, operation, spec, differentiable, known, do)
+        compile_only(nans, floating_shapes(*shapes, *jax.tree.leaves(do)))
+        gradients = shapes[: operation.differentiable] if gradient else ()
+        compile_only(kernel_checks.compared, operation, jax.eval_shape(expected, known, do), do, gradients)
+    return Programs(gradient, differentiable, compiled, choose, time.monotonic() - began)
+
+
+def check(case: Case, arrays: Arrays, ready: Programs, choice: jax.Array | None = None) -> dict[str, float]:
+    """Errors of one pass.
 
     Args:
       case: what was asked for.
-      compiled: from `compiled_pass`.
-      gradient: whether it returns gradients.
-      reference: from `kernel_checks.compiled_reference`; not read for the choice of blocks.
-      choice: the blocks that `compiled` chooses, where the inputs hold none.
+      arrays: a set of its inputs.
+      ready: of the pass.
+      choice: the blocks that it chooses, where the arrays hold none.
 
     Returns:
       Relative errors by name.
@@ -156,15 +231,15 @@ def check(
     Raises:
       WrongValues: an error is too large.
     """
-    operation, arrays = case.operation, case.inputs[0]
+    operation = case.operation
     if case.name == "block_selection":
-        errors = kernel_checks.check_choice(case.spec, arrays, compiled(*arrays))
+        errors = kernel_checks.check_choice(case.spec, arrays, ready.compiled(*arrays))
     else:
-        do = kernel_checks.only_sampled(operation, cotangent(case, seed=99))
+        do = kernel_checks.only_sampled(operation, kernel_checks.cotangent(case.result, 99))
         known = arrays if choice is None else (*arrays, choice)
-        expected = kernel_checks.expected_values(operation, reference, known, do)
+        expected = kernel_checks.expected_values(operation, case.spec, ready.differentiable, known, do)
         poison(*arrays, *jax.tree.leaves(do))
-        o, gradients = compiled(arrays, do) if gradient else (compiled(*arrays), ())
+        o, gradients = ready.compiled(arrays, do) if ready.gradient else (ready.compiled(*arrays), ())
         errors = kernel_checks.errors_of(operation, expected, o, gradients)
     biases = {f"d{i}": kernel_checks.BIAS_BOUND for i, x in enumerate(arrays) if x.ndim == 1}
     bounds = {"o": kernel_checks.FORWARD_BOUND, "choice": kernel_checks.CHOICE_BOUND} | biases
@@ -174,91 +249,86 @@ def check(
     return errors
 
 
-def _result_shape(case: Case) -> Any:
-    call = functools.partial(case.operation.call, case.spec, "reference", 0)
-    return jax.eval_shape(call, *kernel_checks.shapes_of(case.inputs[0]))
-
-
-def cotangent(case: Case, seed: int) -> Any:
-    """Normal values in the shape of the result."""
-    draw = lambda x: jax.random.normal(jax.random.key(seed), x.shape, x.dtype)  # noqa: E731
-    return jax.tree.map(draw, _result_shape(case))
-
-
-def measure(case: Case, implementation: str, gradient: bool, options: argparse.Namespace) -> dict[str, Any]:
+def measure(case: Case, inputs: list[Arrays], ready: Programs, options: argparse.Namespace) -> dict[str, Any]:
     """Checks and times one pass."""
-    operation, spec, shapes = case.operation, case.spec, kernel_checks.shapes_of(case.inputs[0])
-    compiled = compiled_pass(case.name, spec, implementation, gradient, shapes)
-    chooses = operation.chooses and case.unions is None
-    choose = _choice(spec, implementation, shapes[:3]) if chooses else None
-    reference = None
-    if case.name != "block_selection":
-        places = jax.ShapeDtypeStruct((*shapes[0].shape[:3], spec.block_count), jnp.int32)
-        count = operation.differentiable if "fwdbwd" in options.passes else 0
-        known = (*shapes, places) if chooses else shapes
-        reference = kernel_checks.compiled_reference(operation, spec, count, known, _result_shape(case))
-    with turn(options.share):
-        choice = choose(*case.inputs[0][:3]) if choose else None
-        errors = check(case, compiled, gradient, reference, choice)
-        inputs: list[Any] = case.inputs
-        if gradient:
-            inputs = [(arrays, cotangent(case, seed)) for seed, arrays in enumerate(inputs)]
-        times = median_ms(compiled, inputs, options.samples)
-        unions = case.unions if choice is None else _unions(spec, choice)
-    least = floor(case.name, gradient, spec, unions)
+    began = time.monotonic()
+    choice = ready.choose(*inputs[0][:3]) if ready.choose else None
+    errors = check(case, inputs[0], ready, choice)
+    given: list[Any] = inputs
+    if ready.gradient:
+        given = [(arrays, kernel_checks.cotangent(case.result, seed)) for seed, arrays in enumerate(inputs)]
+    times = median_ms(ready.compiled, given, options.samples)
+    unions = None
+    if case.operation.chooses:
+        unions = _unions(case.spec, inputs[0][-1] if choice is None else choice)
+    least = floor(case.name, ready.gradient, case.spec, unions)
     return {
         "errors": errors,
-        "memory": memory(compiled),
+        "memory": memory(ready.compiled),
         **times,
         "floor_ms": least.ms,
         "bound": least.bound,
         "unions": unions and dataclasses.asdict(unions),
+        "seconds": {"compile": ready.seconds, "device": time.monotonic() - began},
     }
 
 
 def run(options: argparse.Namespace, save: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
-    """Measures everything asked for; `save` gets the records after each."""
+    """Measures everything asked for; `save` gets the records after each.
+
+    Where the device is shared, everything is compiled before the first turn, which lasts to the end: a process keeps
+    the device's memory that it once had.
+    """
     began = time.monotonic()
     records: list[dict[str, Any]] = []
-    for length in options.lengths:
-        for name in options.ops:
-            known = OPERATIONS[name].implementations
-            asked = [implementation for implementation in options.implementations if implementation in known]
+    jobs = [(length, name) for length in options.lengths for name in options.ops]
+    for together in [jobs] if options.share else [[job] for job in jobs]:
+        planned: list[tuple[Case, dict[str, Any], Programs | None]] = []
+        for length, name in together:
             if time.monotonic() - began > options.budget:
                 records.append({"operation": name, "length": length, "skipped": f"{options.budget:g} s were over"})
                 print(f"{length:7} {name}: skipped, {options.budget:g} s were over", flush=True)
                 continue
-            for case in _drawn_inturn(cases(name, length, options), options.share) if asked else ():
-                for implementation in asked:
-                    for gradient in (p == "fwdbwd" for p in options.passes):
-                        if gradient and not case.operation.differentiable:
-                            continue
-                        record = {
-                            "operation": name,
-                            "implementation": implementation,
-                            "choice": case.choice,
-                            "pass": PASSES[gradient],
-                            "length": length,
-                            "spec": dataclasses.asdict(case.spec),
-                        }
-                        records.append(record)
-                        record |= _attempt(functools.partial(measure, case, implementation, gradient, options))
-                        print(line(record), flush=True)
-                        save(records)
+            planned += _planned(name, length, options)
+        with turn(options.share):
+            drawn: tuple[Case, list[Arrays]] | None = None
+            for case, record, ready in planned:
+                records.append(record)
+                if ready:
+                    if drawn is None or drawn[0] != case:
+                        drawn = None  # before the next ones are made
+                        drawn = case, case.draw(options.inputs)
+                    record |= _attempt(functools.partial(measure, case, drawn[1], ready, options))
+                print(line(record), flush=True)
+                save(records)
     return records
 
 
-def _drawn_inturn(cases: Iterator[Case], share: Path | None) -> Iterator[Case]:
-    while True:
-        with turn(share):
-            case = next(cases, None)
-            jax.block_until_ready(case and case.inputs)
-        if case is None:
-            return
-        yield case
+def _planned(
+    name: str, length: int, options: argparse.Namespace
+) -> Iterator[tuple[Case, dict[str, Any], Programs | None]]:
+    """Every pass of an operation at one length: its record so far, and its programs unless the record says why not."""
+    operation = OPERATIONS[name]
+    for case in cases(name, length, options):
+        for implementation in (x for x in options.implementations if x in operation.implementations):
+            for gradient in (p == "fwdbwd" for p in options.passes if p == "fwd" or operation.differentiable):
+                record = {
+                    "operation": name,
+                    "implementation": implementation,
+                    "choice": case.choice,
+                    "pass": PASSES[gradient],
+                    "length": length,
+                    "spec": dataclasses.asdict(case.spec),
+                }
+                ready = _attempt(functools.partial(programs, case, implementation, gradient, options))
+                if isinstance(ready, Programs):
+                    yield case, record, ready
+                else:
+                    yield case, record | ready, None
 
 
-def _attempt(step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _attempt(step: Callable[[], Any]) -> Any:
+    """What the step gives, or a part of a record that says why it gave nothing."""
     try:
         return step()
     except NotImplementedError as reason:

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
+from pallas_kernels.common import Scalar
 from pallas_kernels.specs import Spec
 
 CHUNK = 4096
 
 
-def draw_choice(spec: Spec, rho: float, seed: int, *, sink: bool = False) -> Int32[Array, "B T N n"]:
+@functools.partial(jax.jit, static_argnames=("spec", "rho", "sink"))
+def draw_choice(spec: Spec, rho: float, seed: Scalar, *, sink: bool = False) -> Int32[Array, "B T N n"]:
     """Draws which blocks each query takes.
 
     score[t, j] = sqrt(rho) a[t // s, j] + sqrt(1 - rho) b[t, j] with a and b standard normal, per row and KV head. A
@@ -27,9 +29,9 @@ def draw_choice(spec: Spec, rho: float, seed: int, *, sink: bool = False) -> Int
     """
     blocks = -(-spec.keys // spec.block_size)
     rows = (spec.batch, spec.kv_heads, blocks)
+    tokens, key = min(CHUNK, spec.queries), jax.random.key(seed)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def chunk(tokens: int, start: jax.Array, key: jax.Array) -> jax.Array:
+    def chunk(start: jax.Array) -> jax.Array:
         current = (start + jnp.arange(tokens)) // spec.block_size
         # A block's queries share a: it depends on the block alone.
         shared = jax.vmap(lambda block: jax.random.normal(jax.random.fold_in(key, block), rows))(current)
@@ -42,27 +44,26 @@ def draw_choice(spec: Spec, rho: float, seed: int, *, sink: bool = False) -> Int
         index = jnp.sort(jnp.where(best == -jnp.inf, blocks, index), axis=-1)
         return jnp.where(index == blocks, -1, index).astype(jnp.int32)
 
-    tokens = min(CHUNK, spec.queries)
-    starts = range(0, -(-spec.queries // tokens) * tokens, tokens)
-    drawn = jnp.concatenate([chunk(tokens, jnp.int32(start), jax.random.key(seed)) for start in starts])
-    drawn = jnp.moveaxis(drawn[: spec.queries], 1, 0)
+    drawn = jax.lax.map(chunk, tokens * jnp.arange(-(-spec.queries // tokens)))
+    drawn = jnp.moveaxis(drawn.reshape(-1, *drawn.shape[2:])[: spec.queries], 1, 0)
     missing = spec.block_count - drawn.shape[-1]
     return jnp.pad(drawn, [(0, 0)] * 3 + [(0, missing)], constant_values=-1)
 
 
 def union_size(block_indices: Int32[Array, "B T N n"], neighbours: int, blocks: int) -> float:
     """Blocks in the union of what `neighbours` neighbouring queries take, over n; the mean of all such groups."""
+    return float(mean_union(block_indices, neighbours, blocks))
 
-    @jax.jit
-    def total(index: jax.Array) -> jax.Array:
-        batch, queries, heads, places = index.shape
-        group = jnp.broadcast_to((jnp.arange(queries) // neighbours)[:, None, None], index.shape[1:])
-        taken = jnp.zeros((batch, heads, -(-queries // neighbours), blocks), bool)
-        row, head = jnp.arange(batch)[:, None, None, None], jnp.arange(heads)[:, None]
-        taken = taken.at[row, head, group, jnp.where(index < 0, blocks, index)].set(True, mode="drop")
-        return taken.sum() / (taken.size / blocks) / places
 
-    return float(total(block_indices))
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def mean_union(index: Int32[Array, "B T N n"], neighbours: int, blocks: int) -> jax.Array:
+    """`union_size` on the device."""
+    batch, queries, heads, places = index.shape
+    group = jnp.broadcast_to((jnp.arange(queries) // neighbours)[:, None, None], index.shape[1:])
+    taken = jnp.zeros((batch, heads, -(-queries // neighbours), blocks), bool)
+    row, head = jnp.arange(batch)[:, None, None, None], jnp.arange(heads)[:, None]
+    taken = taken.at[row, head, group, jnp.where(index < 0, blocks, index)].set(True, mode="drop")
+    return taken.sum() / (taken.size / blocks) / places
 
 
 def trained_tensors(path: Path, spec: Spec) -> tuple[jax.Array, ...]:

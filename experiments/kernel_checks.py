@@ -2,15 +2,16 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float32
 
 from experiments.kernel_operations import Arrays, Operation
-from experiments.timing import relative_error
+from experiments.timing import relative_distance
+from pallas_kernels.common import Scalar
 from pallas_kernels.specs import Spec
 
 ROWS = 32
@@ -33,6 +34,13 @@ def sampled_starts(queries: int) -> tuple[int, ...]:
     return tuple(sorted(starts))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def cotangent(result: Any, seed: Scalar) -> Any:
+    """Normal values in the shape of a result, which is a tree of `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(lambda x: jax.random.normal(jax.random.key(seed), x.shape, x.dtype), result)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def only_sampled(operation: Operation, do: Any) -> Any:
     """The cotangent, 0 but for the sampled queries: their gradients can be computed by themselves."""
     axis = operation.query_axes[0]
@@ -46,16 +54,19 @@ def only_sampled(operation: Operation, do: Any) -> Any:
     return jnp.where(jnp.asarray(kept).reshape(-1, *(1,) * (do.ndim - axis - 1)), do, jnp.zeros((), do.dtype))
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Expected:
     """What the reference says of the sampled queries.
 
     Attributes:
-      samples: per sample its first query, the result's rows and the rows of the gradients that have queries.
+      values: the result's rows, the samples along a first axis.
+      with_queries: likewise gradients of the arrays that have queries, by their place.
       others: gradients of the arrays without a query axis, by their place.
     """
 
-    samples: list[tuple[int, Any, dict[int, jax.Array]]]
+    values: Any
+    with_queries: dict[int, jax.Array]
     others: dict[int, jax.Array]
 
 
@@ -64,21 +75,22 @@ def shapes_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-@functools.lru_cache(maxsize=4)
-def compiled_reference(operation: Operation, spec: Spec, differentiable: int, shapes: tuple[Any, ...], do: Any) -> Any:
-    """Compiles (first sampled query, arrays, do) -> the result's rows, and the first arrays' gradients of those rows.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def expected_values(operation: Operation, spec: Spec, differentiable: int, arrays: Arrays, do: Any) -> Expected:
+    """Results and gradients of sampled queries, in float32.
 
     Args:
-      operation: what the reference computes.
+      operation: what is to be computed.
       spec: its shape.
-      differentiable: how many arrays are to have a gradient.
-      shapes: of the arrays.
-      do: shape of the cotangent, or shapes; not read without gradients.
+      differentiable: how many of the first arrays are to have a gradient.
+      arrays: of the operation; where blocks are chosen, with the choice.
+      do: the cotangent, from `only_sampled`; not read without gradients.
     """
     of_o = operation.query_axes[0]
+    queries = 1 if of_o is None else arrays[0].shape[of_o]
+    has_queries = {i: operation.query_axes[i] is not None for i in range(differentiable)}
 
-    def run(start: jax.Array, arrays: Arrays, do: Any) -> Any:
-        queries = 1 if of_o is None else arrays[0].shape[of_o]
+    def sample(others: dict[int, jax.Array], start: jax.Array) -> Any:
         rows = functools.partial(_rows, start=start, count=min(ROWS, queries))
         given = [rows(x, axis) for x, axis in zip(arrays, operation.query_axes, strict=False)]
         given = [x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in given]
@@ -87,34 +99,14 @@ def compiled_reference(operation: Operation, spec: Spec, differentiable: int, sh
                 lambda *first: operation.call(spec, "reference", start, *first, *given[differentiable:]),
                 *given[:differentiable],
             )
-            if not differentiable:
-                return value, ()
-            return value, pull(jax.tree.map(lambda x: rows(x, of_o).astype(jnp.float32), do))
+            of_rows = jax.tree.map(lambda x: rows(x, of_o).astype(jnp.float32), do) if differentiable else None
+            gradients = pull(of_rows) if differentiable else ()
+        with_queries = {i: x for i, x in enumerate(gradients) if has_queries[i]}
+        return {i: others[i] + gradients[i] for i in others}, (value, with_queries)
 
-    return jax.jit(run).lower(jax.ShapeDtypeStruct((), jnp.int32), shapes, do).compile()
-
-
-def expected_values(operation: Operation, reference: Callable[..., Any], arrays: Arrays, do: Any) -> Expected:
-    """Results and gradients of sampled queries, in float32.
-
-    Args:
-      operation: what is to be computed.
-      reference: from `compiled_reference`.
-      arrays: its arrays; where blocks are chosen, with the choice.
-      do: the cotangent, from `only_sampled`.
-    """
-    of_o = operation.query_axes[0]
-    samples, others = [], {}
-    for start in sampled_starts(1 if of_o is None else arrays[0].shape[of_o]):
-        value, gradients = reference(jnp.int32(start), arrays, do)
-        with_queries = {}
-        for i, gradient in enumerate(gradients):
-            if operation.query_axes[i] is None:
-                others[i] = others.get(i, 0) + gradient
-            else:
-                with_queries[i] = gradient
-        samples.append((start, value, with_queries))
-    return Expected(samples, others)
+    zeros = {i: jnp.zeros(arrays[i].shape, jnp.float32) for i, has in has_queries.items() if not has}
+    others, (values, with_queries) = jax.lax.scan(sample, zeros, jnp.asarray(sampled_starts(queries), jnp.int32))
+    return Expected(values, with_queries, others)
 
 
 def errors_of(operation: Operation, expected: Expected, o: Any, gradients: Arrays = ()) -> dict[str, float]:
@@ -129,33 +121,52 @@ def errors_of(operation: Operation, expected: Expected, o: Any, gradients: Array
     Returns:
       "o" and one entry per gradient, "d0" being that of the first array: the largest of the samples'.
     """
-    seen: dict[str, list[float]] = {}
-    for start, value, with_queries in expected.samples:
-        rows = functools.partial(_rows, start=start)
-        for actual, wanted in zip(*map(jax.tree.leaves, (o, value)), strict=True):
-            axis = operation.query_axes[0]
-            count = None if axis is None else wanted.shape[axis]
-            seen.setdefault("o", []).append(relative_error(rows(actual, axis, count=count), wanted))
-        for i, wanted in with_queries.items() if gradients else ():
-            axis = operation.query_axes[i]
-            actual = rows(gradients[i], axis, count=wanted.shape[axis])
-            seen.setdefault(f"d{i}", []).append(relative_error(actual, wanted))
-    for i, wanted in expected.others.items() if gradients else ():
-        seen[f"d{i}"] = [relative_error(gradients[i], wanted)]
-    return {name: max(values) for name, values in seen.items()}
+    return {name: float(error) for name, error in compared(operation, expected, o, gradients).items()}
 
 
-def check_choice(spec: Spec, arrays: Arrays, chosen: jax.Array) -> dict[str, float]:
-    """How far a choice is from the rule, on sampled queries: the largest relative excess of an importance left out."""
+@functools.partial(jax.jit, static_argnums=0)
+def compared(operation: Operation, expected: Expected, o: Any, gradients: Arrays) -> dict[str, jax.Array]:
+    """`errors_of` as scalars on the device."""
+
+    def largest(actual: jax.Array, wanted: jax.Array, axis: int | None) -> jax.Array:
+        count = None if axis is None else wanted.shape[axis + 1]
+        starts = sampled_starts(1 if axis is None else actual.shape[axis])
+        errors = [
+            relative_distance(_rows(actual, axis, start, count), wanted[sample]) for sample, start in enumerate(starts)
+        ]
+        return jnp.max(jnp.stack(errors))
+
+    of_o = operation.query_axes[0]
+    pairs = zip(*map(jax.tree.leaves, (o, expected.values)), strict=True)
+    seen = {"o": jnp.max(jnp.stack([largest(actual, wanted, of_o) for actual, wanted in pairs]))}
+    if gradients:
+        for i, wanted in expected.with_queries.items():
+            seen[f"d{i}"] = largest(gradients[i], wanted, operation.query_axes[i])
+        for i, wanted in expected.others.items():
+            seen[f"d{i}"] = relative_distance(gradients[i], wanted)
+    return seen
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def sampled_importances(spec: Spec, arrays: Arrays) -> Float32[jax.Array, "A B R N M"]:
+    """Importances (SEMANTICS, block selection) of each block to the A samples of R queries, from `q, k_blocks, lse`."""
     q, k_blocks, lse = arrays
-    worst = 0.0
+    importances = []
     for start in sampled_starts(spec.queries):
         rows = slice(start, start + ROWS)
         q32, k32 = (x.astype(jnp.float32) for x in (q[:, rows], k_blocks))
         with jax.default_matmul_precision("highest"):
             logits = jnp.einsum("btngd,bmnd->btngm", q32, k32) * spec.head_dim**-0.5
-        importance = np.asarray(jnp.exp(logits - lse[:, rows, ..., None]).sum(3))
-        taken = np.asarray(chosen[:, rows])
+        importances.append(jnp.exp(logits - lse[:, rows, ..., None]).sum(3))
+    return jnp.stack(importances)
+
+
+def check_choice(spec: Spec, arrays: Arrays, chosen: jax.Array) -> dict[str, float]:
+    """How far a choice is from the rule, on sampled queries: the largest relative excess of an importance left out."""
+    worst = 0.0
+    importances, chosen = np.asarray(sampled_importances(spec, arrays)), np.asarray(chosen)
+    for importance, start in zip(importances, sampled_starts(spec.queries), strict=True):
+        taken = chosen[:, start : start + ROWS]
         for b, t, n in np.ndindex(taken.shape[:3]):
             current = (start + t) // spec.block_size
             mine = taken[b, t, n][taken[b, t, n] >= 0]

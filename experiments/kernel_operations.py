@@ -60,39 +60,39 @@ class Operation:
     chooses: bool = False
 
 
-def _heads(spec: Spec, seed: int) -> Arrays:
+def _heads(spec: Spec, seed: Scalar) -> Arrays:
     return spec.draw(seed)[:3]
 
 
-def _means(spec: Spec, seed: int, choice: float | None) -> Arrays:
+def _means(spec: Spec, seed: Scalar, choice: float | None) -> Arrays:
     q, k, v = _heads(spec, seed)
     return q, block_means(k, spec.block_size), block_means(v, spec.block_size)
 
 
-def _with_lse(spec: Spec, seed: int, choice: float | None) -> Arrays:
+def _with_lse(spec: Spec, seed: Scalar, choice: float | None) -> Arrays:
     q, k_blocks, v_blocks = _means(spec, seed, choice)
     return q, k_blocks, compressed_attention(q, k_blocks, v_blocks, block_size=spec.block_size)[1]
 
 
-def _with_choice(spec: Spec, seed: int, choice: float | None) -> Arrays:
+def _with_choice(spec: Spec, seed: Scalar, choice: float | None) -> Arrays:
     return *_heads(spec, seed), draw_choice(spec, choice, seed)
 
 
-def _whole(spec: Spec, seed: int, choice: float | None) -> Arrays:
+def _whole(spec: Spec, seed: Scalar, choice: float | None) -> Arrays:
     return *spec.draw(seed), *(() if choice is None else (draw_choice(spec, choice, seed),))
 
 
-def _nsa_layer(spec: Spec, seed: int, choice: float | None) -> Arrays:
+def _nsa_layer(spec: Spec, seed: Scalar, choice: float | None) -> Arrays:
     assert choice is not None, "a layer is timed with drawn blocks"
     return *draw_layer(spec, seed, gated=True), draw_choice(spec, choice, seed)
 
 
-def _dense_layer(spec: Spec, seed: int, choice: float | None) -> Arrays:
+def _dense_layer(spec: Spec, seed: Scalar, choice: float | None) -> Arrays:
     return draw_layer(spec, seed, gated=False)
 
 
 def _few_queries(count: int) -> Callable[[Spec, int, float | None], Arrays]:
-    def draw(spec: Spec, seed: int, choice: float | None) -> Arrays:
+    def draw(spec: Spec, seed: Scalar, choice: float | None) -> Arrays:
         _, k, v = _heads(spec, seed)
         q, *_ = dataclasses.replace(spec, queries=count).draw(seed)
         return q[:, None], k, v, jnp.full((spec.batch, 1, count), spec.keys, jnp.int32)

@@ -45,9 +45,9 @@ def hidden_size(spec: Spec) -> int:
     return _text_config(spec).hidden_size
 
 
-def _module(spec: Spec, *, gated: bool, dtype: str, seed: int) -> Attention:
+def _module(spec: Spec, *, gated: bool, dtype: str, seed: Scalar) -> Attention:
     nsa = NSAConfig(block_size=spec.block_size, block_count=spec.block_count, window_size=spec.window_size)
-    options = {"rngs": nnx.Rngs(seed), "dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
+    options = {"rngs": nnx.Rngs(jax.random.key(seed)), "dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
     return Attention(_text_config(spec), nsa if gated else None, **options)
 
 
@@ -57,7 +57,7 @@ def _structure(spec: Spec, *, gated: bool, dtype: str) -> tuple[nnx.GraphDef, ja
     return graph, jax.tree.structure(params)
 
 
-def draw_layer(spec: Spec, seed: int, *, gated: bool) -> tuple[jax.Array, ...]:
+def draw_layer(spec: Spec, seed: Scalar, *, gated: bool) -> tuple[jax.Array, ...]:
     """Hidden states, twice (of queries and of keys), and the parameters.
 
     Args:

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -54,12 +55,28 @@ def median_ms(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], s
 
 def relative_error(actual: jax.Array, expected: jax.Array) -> float:
     """Norm of the difference over the norm of `expected` (over 1 where that is 0), in float32; NaN if anything is."""
+    return float(relative_distance(actual, expected))
+
+
+@jax.jit
+def relative_distance(actual: jax.Array, expected: jax.Array) -> jax.Array:
+    """`relative_error` on the device."""
     actual, expected = actual.astype(jnp.float32), expected.astype(jnp.float32)
     norm = jnp.linalg.norm(expected.ravel())
-    return float(jnp.linalg.norm((actual - expected).ravel()) / jnp.where(norm == 0, 1.0, norm))
+    return jnp.linalg.norm((actual - expected).ravel()) / jnp.where(norm == 0, 1.0, norm)
 
 
 def poison(*like: Any) -> None:
     """Leaves NaN in freed memory of these floating arrays' sizes: an output that is not written shows."""
-    floating = [x for x in like if jnp.issubdtype(x.dtype, jnp.floating)]
-    jax.block_until_ready([jnp.full(x.shape, jnp.nan, x.dtype) for x in floating])
+    jax.block_until_ready(nans(floating_shapes(*like)))
+
+
+def floating_shapes(*like: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes and dtypes of those arrays that are not of integers."""
+    return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like if jnp.issubdtype(x.dtype, jnp.floating))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def nans(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> list[jax.Array]:
+    """Arrays of NaN."""
+    return [jnp.full(x.shape, jnp.nan, x.dtype) for x in shapes]

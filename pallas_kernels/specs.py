@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common import Scalar
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -57,7 +59,7 @@ class Spec:
             "q_offset": self.q_offset,
         }
 
-    def draw(self, seed: int = 0) -> tuple[jax.Array, ...]:
+    def draw(self, seed: Scalar = 0) -> tuple[jax.Array, ...]:
         """Normal q, k, v and gate logits.
 
         Args:

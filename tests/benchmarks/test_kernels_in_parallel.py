@@ -9,7 +9,6 @@ def test_processes_side_by_side_make_one_result(tmp_path, monkeypatch, capsys):
     means = ("--ops=block_means", "--implementations=xla", "--passes=fwd", "--samples=1")
     groups = {"some": means, "others": means}
     monkeypatch.setattr(kernels_in_parallel, "GROUPS", groups)
-    monkeypatch.setattr(kernels_in_parallel, "GIB_AT_128K", {"some": 10, "others": 10})
     out = tmp_path / "out.json"
     status = kernels_in_parallel.main([f"--json={out}", "--groups=some,others", "--lengths=64", "--at-once=2"])
     assert status == 0, capsys.readouterr().out
@@ -26,14 +25,14 @@ def test_what_takes_too_long_is_said(tmp_path, capsys):
     assert "no process wrote a figure" in shown.err
 
 
-def test_no_more_begins_than_the_memory_holds(tmp_path, monkeypatch, capsys):
+def test_no_more_begins_than_is_allowed_at_once(tmp_path, monkeypatch, capsys):
     begun = []
 
     class Process:
         returncode = 0
 
         def __init__(self, command, **_):
-            begun.append(next(word for word in command if word.startswith("--lengths=")))
+            begun.append(command)
 
         def poll(self):
             return None
@@ -42,8 +41,9 @@ def test_no_more_begins_than_the_memory_holds(tmp_path, monkeypatch, capsys):
             pass
 
     monkeypatch.setattr(kernels_in_parallel.subprocess, "Popen", Process)
-    arguments = [f"--json={tmp_path / 'out.json'}", "--groups=whole,layer", "--lengths=65536,32768,8192"]
-    assert kernels_in_parallel.main([*arguments, "--memory=28", "--limit=0.1"]) == 2
-    # 10.6 and 16.6 GiB, then nothing of 5.6 or 8.6.
-    assert begun == ["--lengths=65536", "--lengths=65536"]
+    arguments = [f"--json={tmp_path / 'out.json'}", "--groups=whole,layer", "--lengths=65536,8192", "--at-once=3"]
+    assert kernels_in_parallel.main([*arguments, "--tensors=x.npz", "--limit=0.1"]) == 2
+    assert ["--lengths=65536" in command for command in begun] == [True, True, False]
+    own = [command for command in begun if "--tensors=x.npz" in command and "--drawn-only" not in command]
+    assert own == begun[:1]
     assert "layer at 8192: not begun" in capsys.readouterr().out

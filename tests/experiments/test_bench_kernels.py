@@ -1,5 +1,6 @@
 """The benchmark of the kernels: its inputs, its checks, its floors and figures, and the command on a CPU."""
 
+import argparse
 import dataclasses
 import functools
 import itertools
@@ -121,12 +122,10 @@ def test_wrong_values_are_not_timed(monkeypatch, wrong):
 
     monkeypatch.setitem(OPERATIONS, "window_attention", dataclasses.replace(operation, call=call))
     spec = dataclasses.replace(SMALL, window_size=20)
-    case = bench_kernels.Case("window_attention", "", spec, [spec.draw(0)[:3]])
+    case = bench_kernels.Case("window_attention", spec)
     bench_kernels.compiled_pass.cache_clear()
-    shapes = kernel_checks.shapes_of(case.inputs[0])
-    compiled = bench_kernels.compiled_pass("window_attention", spec, "xla", True, shapes)
-    reference = kernel_checks.compiled_reference(operation, spec, 3, shapes, shapes[0])
-    check = functools.partial(bench_kernels.check, case, compiled, True, reference)
+    ready = bench_kernels.programs(case, "xla", True, argparse.Namespace(passes=("fwdbwd",)))
+    check = functools.partial(bench_kernels.check, case, case.draw(1)[0], ready)
     if wrong is None:
         assert set(check()) == {"o", "d0", "d1", "d2"}
     else:
@@ -140,13 +139,9 @@ def test_a_layer_and_its_parameters_gradients_are_checked(name, implementation):
     arrays = operation.draw(spec, 0, 0.5)
     assert len(arrays) == len(operation.query_axes)
     assert sum(x.ndim == 1 for x in arrays) == (5 if name == "nsa_layer" else 3)
-    case = bench_kernels.Case(name, "", spec, [arrays])
-    shapes = kernel_checks.shapes_of(arrays)
-    do = jax.eval_shape(functools.partial(operation.call, spec, "reference", 0), *shapes)
-    reference = kernel_checks.compiled_reference(operation, spec, operation.differentiable, shapes, do)
-    errors = bench_kernels.check(
-        case, bench_kernels.compiled_pass(name, spec, implementation, True, shapes), True, reference
-    )
+    case = bench_kernels.Case(name, spec, "rho 0.5", 0.5)
+    ready = bench_kernels.programs(case, implementation, True, argparse.Namespace(passes=("fwdbwd",)))
+    errors = bench_kernels.check(case, arrays, ready)
     assert set(errors) == {"o", *(f"d{i}" for i in range(operation.differentiable))}
     # float32 against float32; a gradient of 0 but for rounding is the key bias' alone (see BIAS_BOUND).
     assert max(errors.values()) <= 1e-3
