@@ -119,18 +119,33 @@ def check_choice(
     local: int = 1,
 ) -> dict[str, float | bool]:
     """Checks a few hundred queries, at the beginning, the middle and the end."""
+    found = worst_choices(chosen, inputs, offset, lengths, places, init, local)
+    worst = {name: float(value) for name, value in found.items()}
+    excess = worst.pop("excess")
+    return {"fine": excess < 1e-4 and not any(worst.values()), "excess": excess} | worst
+
+
+@functools.partial(jax.jit, static_argnames=("places", "init", "local"))
+def worst_choices(
+    chosen: jax.Array,
+    inputs: tuple[jax.Array, ...],
+    offset: jax.Array | int,
+    lengths: jax.Array | None,
+    places: int,
+    init: int,
+    local: int,
+) -> dict[str, jax.Array]:
+    """The largest of `wrong_choices` over the queries that `check_choice` looks at."""
     q, means, lse = inputs
     queries = q.shape[1]
-    worst: dict[str, float] = {}
+    seen = []
     for start in sorted({0, min(2000, queries // 3), queries // 2 + 5, max(0, queries - 96)}):
         rows = slice(start, min(queries, start + 96))
         t = query_indices(rows.stop - start, start + offset)
         valid = jnp.ones((q.shape[0], t.size), bool) if lengths is None else t < lengths[:, None]
         exact = exact_importance(q[:, rows], means, lse[:, rows])
-        for name, value in wrong_choices(chosen[:, rows], exact, t, valid, places, init, local).items():
-            worst[name] = max(worst.get(name, -1.0), float(value))
-    excess = worst.pop("excess")
-    return {"fine": excess < 1e-4 and not any(worst.values()), "excess": excess} | worst
+        seen.append(wrong_choices(chosen[:, rows], exact, t, valid, places, init, local))
+    return jax.tree.map(lambda *values: jnp.max(jnp.stack(values)), *seen)
 
 
 def check_small() -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Hardware counters of every Hopper kernel of the whole, forward and backward: what bounds each.
+"""Hardware counters of every GPU kernel of the whole, forward and backward: what bounds each.
 
-    ncu --csv --clock-control none --kernel-name regex:mosaic --metrics $(python -m benchmarks.profile_gpu --metrics) \\
-      python -m benchmarks.profile_gpu --run=65536 > ncu.csv
+    ncu --csv --clock-control none --kernel-name "regex:$(python -m benchmarks.profile_gpu --kernels)" \\
+      --metrics $(python -m benchmarks.profile_gpu --metrics) \\
+      python -m benchmarks.profile_gpu --run=65536 --implementation=mosaic_gpu > ncu.csv
     python -m benchmarks.profile_gpu --table=ncu.csv --json=OUT.json
 
 `--run` launches each kernel once, in the order of `NAMES`: VideoNSA-7B's shapes, bfloat16, batch 1, choices drawn with
@@ -13,9 +14,9 @@ import argparse
 import csv
 import functools
 import json
+import re
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ import jax
 import jax.numpy as jnp
 
 from experiments.drawn_cases import draw_choice
-from pallas_kernels import nsa_gpu
-from pallas_kernels.block_selection import gpu_config, gpu_top_n
+from pallas_kernels import nsa_gpu, nsa_triton
+from pallas_kernels.block_selection import gpu_config, gpu_top_n, triton, triton_config
 from pallas_kernels.block_selection.gpu_importance import importance
+from pallas_kernels.block_words import WORD
 from pallas_kernels.specs import Spec
 
 METRICS = {
@@ -49,7 +51,13 @@ NAMES = (
 """In the order in which they are launched."""
 
 
-def settings(spec: Spec) -> nsa_gpu.Settings:
+KERNELS = "mosaic|^(forward|query_gradient|key_gradients|importance|choose)"
+"""Names of the kernels on the device, Mosaic's and Triton's: none of XLA's."""
+
+IMPLEMENTATIONS = {"mosaic_gpu": nsa_gpu.HOPPER, "triton": nsa_triton.TRITON}
+
+
+def settings(spec: Spec, operations: nsa_gpu.Operations) -> nsa_gpu.Settings:
     """Of a call with all branches."""
     return nsa_gpu.Settings(
         block_size=spec.block_size,
@@ -61,7 +69,7 @@ def settings(spec: Spec) -> nsa_gpu.Settings:
         ragged=False,
         choose_anyway=False,
         complete_blocks=spec.keys // spec.block_size,
-        operations=nsa_gpu.HOPPER,
+        operations=operations,
         interpret=None,
     )
 
@@ -92,9 +100,32 @@ def block_selection_kernels(spec: Spec, q: Any, k_blocks: Any) -> dict[str, tupl
     }
 
 
-def branch_kernels(spec: Spec, name: str, q: Any, k: Any, v: Any, do: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+def triton_block_selection_kernels(
+    spec: Spec, q: Any, k_blocks: Any
+) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """As `block_selection_kernels`, of Triton's."""
+    config, rows, blocks = triton_config.Config(), spec.batch * spec.kv_heads, k_blocks.shape[1]
+    width = -(-blocks // triton_config.LANES) * triton_config.LANES
+    chunk = config.chunk(spec.queries, rows, width)
+    start = jnp.array([spec.queries - chunk], jnp.int32)
+    current = (jnp.arange(spec.queries, dtype=jnp.int32) // spec.block_size)[None]
+    lse = jnp.zeros(q.shape[:-1], jnp.float32)
+    scores = jax.random.uniform(jax.random.key(0), (rows, chunk, width))
+
+    def score(*arrays: jax.Array) -> jax.Array:
+        return triton.importance(config, *arrays, chunk, width)
+
+    def choose(*arrays: jax.Array) -> jax.Array:
+        return triton.choose(config, *arrays, -(-(blocks + 1) // WORD), spec.block_count, 0, 1)
+
+    return {"importance": (score, (q, k_blocks, lse, current, start)), "top n": (choose, (scores, current, start))}
+
+
+def branch_kernels(
+    spec: Spec, operations: nsa_gpu.Operations, name: str, q: Any, k: Any, v: Any, do: Any
+) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """The three kernels of a branch; results that a kernel does not give are left out with their kernel."""
-    about, branch = settings(spec), getattr(nsa_gpu.HOPPER, name)
+    about, branch = settings(spec, operations), getattr(operations, name)
     choice = draw_choice(spec, 0.8, 0) if name == "selected" else None
     length = jnp.full(spec.batch, spec.keys, jnp.int32)
     prepare = jax.jit(functools.partial(branch.prepare, about))
@@ -115,27 +146,28 @@ def branch_kernels(spec: Spec, name: str, q: Any, k: Any, v: Any, do: Any) -> di
     }
 
 
-def kernels(spec: Spec) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+def kernels(spec: Spec, implementation: str) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     """Every kernel as a function and its arrays."""
+    operations = IMPLEMENTATIONS[implementation]
     q, k, v, _ = spec.draw(0)
     do = jax.random.normal(jax.random.key(1), q.shape, q.dtype)
     means = [x.reshape(1, -1, spec.block_size, *x.shape[2:]).mean(axis=2) for x in (k, v)]
-    jobs = block_selection_kernels(spec, q, means[0])
+    select = triton_block_selection_kernels if implementation == "triton" else block_selection_kernels
+    jobs = select(spec, q, means[0])
     for name in nsa_gpu.BRANCHES:
-        jobs |= branch_kernels(spec, name, q, *(means if name == "compressed" else (k, v)), do)
+        jobs |= branch_kernels(spec, operations, name, q, *(means if name == "compressed" else (k, v)), do)
     return jobs
 
 
-def run(queries: int) -> None:
+def run(queries: int, implementation: str) -> None:
     """Launches each kernel once."""
-    jobs = kernels(Spec("profiled", queries=queries, keys=queries))
-    lowered = {name: jax.jit(function).lower(*arrays) for name, (function, arrays) in jobs.items()}
-    with ThreadPoolExecutor() as pool:
-        compiled = dict(zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True))
+    jobs = kernels(Spec("profiled", queries=queries, keys=queries), implementation)
     for name in NAMES:
-        count = compiled[name].as_text().count('custom_call_target="mosaic_gpu')
+        function, arrays = jobs[name]
+        compiled = jax.jit(function).lower(*arrays).compile()
+        count = len(re.findall(r'custom_call_target="(mosaic_gpu|triton_kernel_call)', compiled.as_text()))
         print(f"{name}: {count} kernels", file=sys.stderr)
-        jax.block_until_ready(compiled[name](*jobs[name][1]))
+        jax.block_until_ready(compiled(*arrays))
 
 
 def table(path: Path) -> list[dict[str, Any]]:
@@ -164,14 +196,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--metrics", action="store_true", help="print the counters' names for ncu")
+    what.add_argument("--kernels", action="store_true", help="print the kernels' names for ncu, a regular expression")
     what.add_argument("--run", type=int, metavar="T", help="launch the kernels at this length")
     what.add_argument("--table", type=Path, metavar="CSV", help="what ncu printed")
+    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, default="mosaic_gpu", help="for --run")
     parser.add_argument("--json", type=Path, help="write the table")
     options = parser.parse_args()
     if options.metrics:
         print(",".join(METRICS.values()))
+    elif options.kernels:
+        print(KERNELS)
     elif options.run:
-        run(options.run)
+        run(options.run, options.implementation)
     else:
         records = table(options.table)
         if options.json:

@@ -295,7 +295,7 @@ def choosing(tokens: int, row_values: tuple[int, ...]) -> Iterator[Case]:
     for values in row_values:
         config = SelectionConfig(row_values=values)
         run = jax.jit(
-            lambda scores, config=config: selection_triton._choose(
+            lambda scores, config=config: selection_triton.choose(
                 config, scores, current, jnp.full(1, tokens - 8192, jnp.int32), blocks // 32 + 1, PLACES, 0, 1
             )
         )

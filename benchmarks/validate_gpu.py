@@ -32,7 +32,7 @@ from jax.sharding import AxisType
 from benchmarks.choose_gpu import check_choice
 from experiments.drawn_cases import draw_choice
 from experiments.kernel_checks import FORWARD_BOUND, GRADIENT_BOUND, ROWS
-from experiments.timing import poison, relative_error
+from experiments.timing import poison, relative_distance
 from pallas_kernels import (
     block_means,
     block_selection,
@@ -109,6 +109,7 @@ def past_lengths(case: Case, count: int, first: int) -> jax.Array:
     return first + jnp.arange(count) >= lengths[:, None]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def draw(case: Case) -> dict[str, Any]:
     """Arrays of a call, zeros past the lengths, and the same with NaN there."""
     spec = case.spec
@@ -181,9 +182,6 @@ def reference(case: Case, arrays: tuple[Any, ...], indices: Any, lengths: Any, s
 def run_case(case: Case) -> dict[str, Any]:
     """Compiles, runs and checks one case."""
     spec = case.spec
-    chosen_by = {operation: registry.first_choice(operation, None) for operation in OPERATIONS}
-    if set(chosen_by.values()) != {"mosaic_gpu"}:
-        raise RuntimeError(f"the default implementations are {chosen_by}, expected mosaic_gpu on a Hopper GPU")
     drawn, offset = draw(case), jnp.int32(spec.q_offset)
     given, clean, indices, lengths = (drawn[name] for name in ("given", "clean", "indices", "lengths"))
     call = (given, indices, lengths, offset)
@@ -195,17 +193,14 @@ def run_case(case: Case) -> dict[str, Any]:
         compiled = compiling.result()
     record: dict[str, Any] = {"kernels": compiled.as_text().count('custom_call_target="mosaic_gpu')}
     if chosen is not None:
-        indices, means, lse = chosen
-        lse = jnp.where(past_lengths(case, spec.queries, spec.q_offset)[..., None, None], 0.0, lse)
-        inputs = clean[0], jnp.nan_to_num(means), lse
+        indices, inputs = chosen[0], choice_inputs(case, clean[0], *chosen[1:])
         record["choice"] = check_choice(indices, inputs, spec.q_offset, lengths, spec.block_count)
     poison(given[0], *given)
     first = compiled(*call)
     poison(*given)
-    record["same_bits"] = _same_bits(first, compiled(*call))
-    record["finite"] = all(bool(jnp.isfinite(x.astype(jnp.float32)).all()) for x in first)
-    record["zero_past_lengths"] = _zero_past_lengths(case, first)
-    record["errors"] = _errors(case, first, clean, indices, lengths)
+    record |= {name: bool(value) for name, value in properties(case, first, compiled(*call)).items()}
+    found = errors(case, first, clean, indices, lengths)
+    record["errors"] = {name: float(error) for name, error in found.items()}
     bounds = {"o": FORWARD_BOUND}
     record["fine"] = (
         record["same_bits"]
@@ -218,34 +213,45 @@ def run_case(case: Case) -> dict[str, Any]:
     return record
 
 
-def _same_bits(first: tuple[jax.Array, ...], second: tuple[jax.Array, ...]) -> bool:
-    return all(bool((a == b).all()) for a, b in zip(first, second, strict=True))
+@functools.partial(jax.jit, static_argnums=0)
+def choice_inputs(case: Case, q: jax.Array, means: jax.Array, lse: jax.Array) -> tuple[jax.Array, ...]:
+    """What `check_choice` reads, without what stands past the lengths."""
+    past = past_lengths(case, case.spec.queries, case.spec.q_offset)[..., None, None]
+    return q, jnp.nan_to_num(means), jnp.where(past, 0.0, lse)
 
 
-def _zero_past_lengths(case: Case, results: tuple[jax.Array, ...]) -> bool:
-    o, dq, dk, dv, dlogits = results
+@functools.partial(jax.jit, static_argnums=0)
+def properties(case: Case, first: tuple[jax.Array, ...], second: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
+    """Whether two runs agree to the bit, all is finite, and what lies past the lengths is 0."""
+    o, dq, dk, dv, dlogits = first
     queries = past_lengths(case, o.shape[1], case.spec.q_offset)
     keys = past_lengths(case, dk.shape[1], 0)
     pairs = ((o, queries), (dq, queries), (dlogits, queries), (dk, keys), (dv, keys))
-    return all(not bool((jnp.any(x != 0, axis=tuple(range(2, x.ndim))) & past).any()) for x, past in pairs)
+    not_zero = [(jnp.any(x != 0, axis=tuple(range(2, x.ndim))) & past).any() for x, past in pairs]
+    every = lambda tests: jnp.stack(list(tests)).all()  # noqa: E731
+    return {
+        "same_bits": every((a == b).all() for a, b in zip(first, second, strict=True)),
+        "finite": every(jnp.isfinite(x.astype(jnp.float32)).all() for x in first),
+        "zero_past_lengths": ~jnp.stack(not_zero).any(),
+    }
 
 
-def _errors(case: Case, actual: tuple[jax.Array, ...], clean: Any, indices: Any, lengths: Any) -> dict[str, float]:
-    expected_of = jax.jit(functools.partial(reference, case))
-    worst = dict.fromkeys(NAMES, 0.0)
-    of_keys: Any = (0.0, 0.0)
-    for start in starts(case):
-        o, dq, dk, dv, dlogits = expected_of(clean, indices, lengths, jnp.int32(start))
-        of_keys = of_keys[0] + dk, of_keys[1] + dv
-        for name, x, wanted in zip(("o", "dq", "dlogits"), actual[:2] + actual[4:], (o, dq, dlogits), strict=True):
-            worst[name] = _larger(worst[name], relative_error(x[:, start : start + ROWS], wanted))
-    for name, x, wanted in zip(("dk", "dv"), actual[2:4], of_keys, strict=True):
-        worst[name] = relative_error(x, wanted)
-    return worst
+@functools.partial(jax.jit, static_argnums=0)
+def errors(case: Case, actual: tuple[jax.Array, ...], clean: Any, indices: Any, lengths: Any) -> dict[str, jax.Array]:
+    """Relative errors by name: of output and gradients of queries the largest of the samples'."""
+    o, dq, dk, dv, dlogits = actual
 
+    def sample(of_keys: tuple[jax.Array, jax.Array], start: jax.Array) -> Any:
+        wanted = reference(case, clean, indices, lengths, start)
+        rows = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=ROWS, axis=1)
+        pairs = ((o, wanted[0]), (dq, wanted[1]), (dlogits, wanted[4]))
+        seen = [relative_distance(rows(x), expected) for x, expected in pairs]
+        return (of_keys[0] + wanted[2], of_keys[1] + wanted[3]), jnp.stack(seen)
 
-def _larger(a: float, b: float) -> float:
-    return b if not b <= a else a  # NaN stays
+    nothing = jnp.zeros(dk.shape, jnp.float32), jnp.zeros(dv.shape, jnp.float32)
+    of_keys, seen = jax.lax.scan(sample, nothing, jnp.asarray(starts(case), jnp.int32))
+    largest = dict(zip(("o", "dq", "dlogits"), seen.max(axis=0), strict=True))
+    return largest | {name: relative_distance(x, y) for name, x, y in zip(("dk", "dv"), (dk, dv), of_keys, strict=True)}
 
 
 def line(name: str, record: dict[str, Any]) -> str:
@@ -321,6 +327,9 @@ def main() -> int:
         return run_all(options.cases, options.json, options.limit)
     # A fallback to another implementation warns.
     warnings.filterwarnings("error", message=".*falling back.*")
+    chosen_by = {operation: registry.first_choice(operation, None) for operation in OPERATIONS}
+    if set(chosen_by.values()) != {"mosaic_gpu"}:
+        raise RuntimeError(f"the default implementations are {chosen_by}, expected mosaic_gpu on a Hopper GPU")
     record = run_case(CASES[options.case])
     options.json.write_text(json.dumps({"spec": dataclasses.asdict(CASES[options.case].spec)} | record))
     return 0

@@ -92,14 +92,14 @@ def block_words(
         current = jnp.where(past, -1, current)
 
     def choose_chunk(start: jax.Array) -> jax.Array:
-        scores = _importance(config, q, k_blocks, lse, current, start, chunk, width)
-        return _choose(config, scores, current, start, words, block_count, init_blocks, max(local_blocks, 1))
+        scores = importance(config, q, k_blocks, lse, current, start, chunk, width)
+        return choose(config, scores, current, start, words, block_count, init_blocks, max(local_blocks, 1))
 
     chosen = jax.lax.map(choose_chunk, jnp.arange(chunks, dtype=jnp.int32)[:, None] * chunk)
     return jnp.moveaxis(chosen, 0, 1).reshape(batch, chunks * chunk, heads, words)[:, :queries]
 
 
-def _importance(
+def importance(
     config: Config,
     q: jax.Array,
     k_blocks: jax.Array,
@@ -110,11 +110,11 @@ def _importance(
     width: int,
 ) -> Float32[jax.Array, "R C columns"]:
     """The importances of a chunk of queries, where they are asked for."""
-    from pallas_kernels.block_selection.triton_kernels import importance
+    from pallas_kernels.block_selection import triton_kernels
 
     batch, queries, heads, group, size = q.shape
     (scores,) = triton_calls.launch(
-        importance,
+        triton_kernels.importance,
         q,
         k_blocks,
         lse,
@@ -137,7 +137,7 @@ def _importance(
     return scores
 
 
-def _choose(
+def choose(
     config: Config,
     scores: Float32[jax.Array, "R C columns"],
     current: Int32[jax.Array, "B T"],
@@ -148,7 +148,7 @@ def _choose(
     local_blocks: int,
 ) -> Int32[jax.Array, "B C N W"]:
     """The chosen blocks of a chunk of queries."""
-    from pallas_kernels.block_selection.triton_kernels import choose
+    from pallas_kernels.block_selection import triton_kernels
 
     rows, chunk, width = scores.shape
     batch, queries = current.shape
@@ -156,7 +156,7 @@ def _choose(
     tokens = config.rows_per_program(columns)
     variants = min(config.variants, (columns // LANES).bit_length())
     (chosen,) = triton_calls.launch(
-        choose,
+        triton_kernels.choose,
         scores,
         current,
         start,

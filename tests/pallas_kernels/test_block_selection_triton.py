@@ -78,7 +78,7 @@ def test_the_best_of_any_scores(init, local, places):
     words = -(-blocks // WORD)
     padded = jnp.asarray(np.pad(score, [(0, 0), (0, 0), (0, words * WORD - blocks)], constant_values=np.nan))
     with triton_interpreter.interpreted():
-        chosen = triton._choose(
+        chosen = triton.choose(
             Config(row_values=8), padded, current, jnp.zeros(1, jnp.int32), words, places, init, local
         )
         chosen = jax.block_until_ready(chosen)
