@@ -339,7 +339,11 @@ def forward(
 
                 @pl.when(steps == 0)
                 def _():
+                    # The turns of a step: else the first warpgroup waits for queries that the second, which waits for
+                    # the first's next turn, has yet to release.
+                    rendezvous()
                     plgpu.barrier_arrive(q_free.at[buffer])
+                    rendezvous()
 
                 empty = total == 0.0
                 divisor = jnp.where(empty, 1.0, total)

@@ -1,5 +1,6 @@
 """The Hopper kernels of interval attention: interpreted on the CPU against the references, lowered without a GPU."""
 
+import dataclasses
 import functools
 
 import jax
@@ -79,6 +80,27 @@ def test_window_of_ragged_rows_and_later_queries_without_races():
         do,
         dlse,
         races=True,
+    )
+
+
+def test_thread_blocks_pass_many_tiles_that_see_nothing():
+    """Nothing to see for 6 items of work before, 6 between and 3 behind what there is, of one thread block each kernel."""
+    batch, queries, group, size = 5, 192, 2, 64
+    lengths = (0, 0, 190, 0, 20)
+    rows = (batch, queries, 1, group, size)
+    q, do = (draw(rows, seed, jnp.bfloat16, lengths) for seed in (0, 3))
+    k, v = (draw((batch, queries, 1, size), seed, jnp.bfloat16, lengths) for seed in (1, 2))
+    options = {"window_size": 40, "q_offset": 0, "lengths": jnp.asarray(lengths, jnp.int32)}
+    compare(
+        functools.partial(
+            window_gpu.window_attention, **options, config=dataclasses.replace(small_config(), programs=1)
+        ),
+        functools.partial(window_reference.window_attention, **options),
+        q,
+        k,
+        v,
+        do,
+        draw(rows[:-1], 4, jnp.float32, lengths),
     )
 
 
