@@ -13,6 +13,7 @@ A question's seconds are those of whole steps of one video: waiting, the passes 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -50,7 +51,6 @@ TINY = (
     "model.vision.fullatt_block_indexes=0",
     "model.text.num_hidden_layers=2",
 )
-_PATIENCE_SECONDS = 10.0
 
 
 def settings(options: argparse.Namespace) -> list[str]:
@@ -100,17 +100,14 @@ def train(config: str, told: Sequence[str], folder: Path, steps: int, deadline: 
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kills a process; its loader workers are left a moment to find that out, then they are killed too."""
+    """Kills a process, then its loader workers; Python's tracker of shared memory outlives them to free it."""
     process.kill()
     process.wait()
-    began = time.monotonic()
-    while time.monotonic() - began < _PATIENCE_SECONDS:
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # nobody is left
+        for _ in range(100):
+            os.killpg(process.pid, signal.SIGTERM)  # which the tracker ignores
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def figures(lines: Lines, frames: int, questions: int) -> dict[str, Any]:
