@@ -52,11 +52,12 @@ def seconds_of(function: Callable[[], object], repeats: int) -> float:
     return min(taken)
 
 
-def decode_every_frame(path: Path, threads: int = 1, kind: str = "SLICE") -> int:
-    """Decodes a file and throws it away; the number of its frames."""
+def decode_every_frame(path: Path, threads: int = 1, kind: str = "SLICE", skip: str = "DEFAULT") -> int:
+    """Decodes a file, but for frames that `skip` names, and throws it away; the number of frames decoded."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count, stream.codec_context.thread_type = threads, kind
+        stream.codec_context.skip_frame = skip
         return sum(1 for _ in container.decode(stream))
 
 
@@ -115,6 +116,7 @@ def parts_of_a_sample(path: Path, pipeline: Pipeline, repeats: int) -> dict:
             "kilobits_per_second": path.stat().st_size / 125 / context.info.duration,
         },
         "frames": round(RATE * context.info.duration),
+        "frames_that_others_refer_to": decode_every_frame(path, skip="NONREF"),
         "sampled_frames": len(frames),
         "visual_tokens": context.visual.num_tokens,
         "cpu_seconds": parts,
@@ -171,7 +173,7 @@ def prepare(folder: Path, scenes: int) -> dict[str, Path]:
     names = [f"{width}x{height}" for width, height in SIZES]
     source = folder / SUBSET / "academic_source"
     paths = [source / f"{name}_{scenes}_{copy}.mp4" for copy in range(COPIES) for name in names]
-    make_videos(paths, SIZES, scenes=scenes, workers=os.cpu_count() or 1)
+    make_videos(paths, SIZES, scenes=scenes, drawn=scenes, workers=os.cpu_count() or 1)
     write_annotations(folder, paths, QUESTIONS)
     build_video_index(folder / "index.jsonl", [str(path) for path in paths], workers=2)
     return dict(zip(names, paths, strict=False))

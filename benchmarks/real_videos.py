@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -118,23 +119,31 @@ def make_videos(
         pool.starmap(join_scenes, video_jobs, chunksize=1)
 
 
+def sentences(rng: np.random.Generator, count: int, words: tuple[int, int]) -> list[str]:
+    """Drawn words, from `words[0]` to `words[1]` of them in each."""
+    vocabulary = np.array(_WORDS.split())
+    return [" ".join(rng.choice(vocabulary, length)) for length in rng.integers(words[0], words[1] + 1, count)]
+
+
+def annotation(video: str, question: str, answer: str) -> dict[str, Any]:
+    """A question about a video, as LLaVA-Video-178K's files have it: one to a record."""
+    turns = [{"from": "human", "value": f"<image>\n{question}?"}, {"from": "gpt", "value": f"{answer}."}]
+    return {"id": Path(video).stem, "data_source": SUBSET, "video": video, "conversations": turns}
+
+
 def write_annotations(folder: Path, videos: Sequence[Path], questions: int) -> None:
-    """Open-ended questions about videos below `folder / SUBSET`, in the data set's layout, and a tokenizer of their
-    words (`folder / "tokenizer.json"`): Qwen's is not at hand, and token ids decide no time."""
-    rng, words = np.random.default_rng(0), _WORDS.split()
+    """Open-ended questions about videos below `folder / SUBSET`, and a tokenizer of their words.
 
-    def sentence(fewest: int, most: int) -> str:
-        return " ".join(rng.choice(words, rng.integers(fewest, most + 1)).tolist())
-
-    records = []
-    for video in videos:
-        turns = []
-        for turn in range(questions):
-            question = f"{sentence(*QUESTION_WORDS)}?"
-            turns.append({"from": "human", "value": f"<image>\n{question}" if turn == 0 else question})
-            turns.append({"from": "gpt", "value": f"{sentence(*ANSWER_WORDS)}."})
-        name = str(video.relative_to(folder / SUBSET))
-        records.append({"id": video.stem, "data_source": SUBSET, "video": name, "conversations": turns})
+    Qwen's tokenizer is not at hand; which ids tokens have decides no time.
+    """
+    rng, count = np.random.default_rng(0), len(videos) * questions
+    asked, answered = sentences(rng, count, QUESTION_WORDS), sentences(rng, count, ANSWER_WORDS)
+    names = [str(video.relative_to(folder / SUBSET)) for video in videos for _ in range(questions)]
     file = folder / SUBSET / f"{SUBSET.removesuffix('_v0_1')}_oe_v0_1_qa_processed.json"
-    file.write_text(json.dumps(records, indent=1) + "\n")
-    train_tokenizer([_WORDS, "system user assistant You are a helpful assistant."], folder / "tokenizer.json")
+    file.write_text(json.dumps(list(map(annotation, names, asked, answered)), indent=1) + "\n")
+    write_tokenizer(folder / "tokenizer.json")
+
+
+def write_tokenizer(path: Path) -> None:
+    """A tokenizer of the drawn words."""
+    train_tokenizer([_WORDS, "system user assistant You are a helpful assistant."], path)

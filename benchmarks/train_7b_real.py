@@ -44,7 +44,6 @@ ON_ONE_GPU = (
 TINY = (
     "data.heldout=",
     "data.buckets=",
-    "data.split_turns=true",
     "data.contexts_per_batch=1",
     "optimizer.name=adamw",
     "model.vision.depth=1",
