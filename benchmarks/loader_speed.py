@@ -2,10 +2,10 @@
 
     python -m benchmarks.loader_speed --json=benchmarks/results/loader_cpu.json
 
-Makes H.264 files as long and as large as LLaVA-Video-178K's (112 s; 1280x720 and 640x360, 30 frames a second, B frames,
-film grain), and loads them as `nsa_video_7b` does: 4 frames a second, at most 50,176 pixels, patches, padded rows.
-Times of parts are CPU seconds of one thread. Then the loader runs with workers, against a consumer that takes a sample
-of 450 frames every 2 seconds, as one training GPU would.
+Makes H.264 files as long and as large as LLaVA-Video-178K's (112 s; 1280x720 and 640x360; `benchmarks.real_videos`),
+and loads them as `nsa_video_7b` does: 4 frames a second, at most 50,176 pixels, patches, padded rows. Times of parts
+are CPU seconds of one thread. Then the loader runs with workers, as fast as it goes, and against a consumer that takes
+a sample of 450 frames every 2 seconds, as one training GPU would; at last from the cache of decoded frames.
 """
 
 import argparse
@@ -15,55 +15,31 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image
 
+from benchmarks.real_videos import (
+    RATE,
+    SCENE_SECONDS,
+    SCENES,
+    SIZES,
+    SUBSET,
+    make_videos,
+    write_annotations,
+)
 from experiments import configs
 from videonsa_jax.data import video
 from videonsa_jax.data.config import DataConfig
 from videonsa_jax.data.examples import build_example, empty_arrays, fill_row
 from videonsa_jax.data.frames import frames_to_patches
 from videonsa_jax.data.pipeline import Pipeline, build_pipeline
-from videonsa_jax.data.tokenizer import train_tokenizer
 from videonsa_jax.data.video_index import build_video_index
 from videonsa_jax.training.environment import environment
 
-SIZES = {"1280x720": (1280, 720, "20"), "640x360": (640, 360, "20")}  # width, height, quality (CRF)
-RATE, STEP_SECONDS, FRAMES = 30, 2.0, 450
-
-
-def make_video(path: Path, width: int, height: int, crf: str, seconds: float, seed: int) -> None:
-    """A camera that pans over textures, two moving boxes, a cut every 9 seconds, and grain in every frame."""
-    rng = np.random.default_rng(seed)
-    margin = 256
-    texture = np.zeros((height + margin, width + margin, 3), np.float32)
-    for scale, strength in ((4, 8), (16, 20), (64, 35)):
-        coarse = rng.normal(128, strength, (texture.shape[0] // scale + 2, texture.shape[1] // scale + 2, 3))
-        coarse = Image.fromarray(coarse.clip(0, 255).astype(np.uint8))
-        texture += np.asarray(coarse.resize(texture.shape[1::-1], Image.Resampling.BICUBIC), np.float32) - 128
-    texture = (texture + 128).clip(0, 255).astype(np.uint8)
-    grain = rng.integers(0, 9, (8, height, width, 1), np.uint8)
-    part = path.with_suffix(".part.mp4")
-    with av.open(str(part), "w") as out:
-        stream = out.add_stream("libx264", rate=RATE)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"preset": "veryfast", "crf": crf}
-        stream.codec_context.time_base = Fraction(1, RATE)
-        for number in range(round(seconds * RATE)):
-            time_now, cut = number / RATE, number // (9 * RATE)
-            x = round(margin / 2 * (1 + np.sin(time_now / 5 + cut)))
-            y = round(margin / 2 * (1 + np.cos(time_now / 7 + 2 * cut)))
-            image = texture[y : y + height, x : x + width] + grain[number % len(grain)]
-            for box in range(2):
-                left = round((width - height // 4) * (0.5 + 0.5 * np.sin(time_now * (1 + box) + cut)))
-                image[height // 4 * (1 + box) :][: height // 5, left : left + height // 4] = (60, 90, 200 - 90 * box)
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
-        out.mux(stream.encode(None))
-    part.replace(path)
+STEP_SECONDS, FRAMES = 2.0, 450  # of a training step, and sampled for it
+QUESTIONS, COPIES = 4, 4  # of each video, and videos of each size
 
 
 def seconds_of(function: Callable[[], object], repeats: int) -> float:
@@ -76,11 +52,12 @@ def seconds_of(function: Callable[[], object], repeats: int) -> float:
     return min(taken)
 
 
-def decode_every_frame(path: Path, threads: int = 1, kind: str = "SLICE") -> int:
-    """Decodes a file and throws it away; the number of its frames."""
+def decode_every_frame(path: Path, threads: int = 1, kind: str = "SLICE", skip: str = "DEFAULT") -> int:
+    """Decodes a file, but for frames that `skip` names, and throws it away; the number of frames decoded."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count, stream.codec_context.thread_type = threads, kind
+        stream.codec_context.skip_frame = skip
         return sum(1 for _ in container.decode(stream))
 
 
@@ -139,6 +116,7 @@ def parts_of_a_sample(path: Path, pipeline: Pipeline, repeats: int) -> dict:
             "kilobits_per_second": path.stat().st_size / 125 / context.info.duration,
         },
         "frames": round(RATE * context.info.duration),
+        "frames_that_others_refer_to": decode_every_frame(path, skip="NONREF"),
         "sampled_frames": len(frames),
         "visual_tokens": context.visual.num_tokens,
         "cpu_seconds": parts,
@@ -190,53 +168,44 @@ def loader_rates(pipeline: Pipeline, samples: int, step_seconds: float) -> dict:
     }
 
 
-def prepare(folder: Path, seconds: float, copies: int) -> Path:
-    """Videos, each under some names, their records, tokenizer and index."""
-    folder.mkdir(parents=True, exist_ok=True)
-    records = []
-    for seed, (name, (width, height, crf)) in enumerate(SIZES.items()):
-        made = folder / f"{name}_{seconds:g}s.mp4"
-        if not made.exists():
-            make_video(made, width, height, crf, seconds, seed)
-        for copy in range(copies):
-            path = folder / f"{name}_{copy}.mp4"
-            path.unlink(missing_ok=True)
-            os.link(made, path)
-            for question in range(4):
-                entries = [("human", f"<image>\nWhat happens {question}?"), ("gpt", "Two boxes move to and fro.")]
-                entries = [{"from": speaker, "value": value} for speaker, value in entries]
-                records.append({"id": f"{name}-{question}", "video": path.name, "conversations": entries})
-    (folder / "records.json").write_text(json.dumps(records))
-    train_tokenizer(
-        ["What happens? Two boxes move to and fro. You are a helpful assistant."], folder / "tokenizer.json"
-    )
-    build_video_index(folder / "index.jsonl", [str(folder / record["video"]) for record in records], workers=2)
-    return folder
+def prepare(folder: Path, scenes: int) -> dict[str, Path]:
+    """Videos, their questions, tokenizer and index; of each size one video, by its name."""
+    names = [f"{width}x{height}" for width, height in SIZES]
+    source = folder / SUBSET / "academic_source"
+    paths = [source / f"{name}_{scenes}_{copy}.mp4" for copy in range(COPIES) for name in names]
+    make_videos(paths, SIZES, scenes=scenes, drawn=scenes, workers=os.cpu_count() or 1)
+    write_annotations(folder, paths, QUESTIONS)
+    build_video_index(folder / "index.jsonl", [str(path) for path in paths], workers=2)
+    return dict(zip(names, paths, strict=False))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("datasets/loader_speed"), help="for the videos")
-    parser.add_argument("--seconds", type=float, default=112.5, help="length of the videos; default 112.5")
+    parser.add_argument(
+        "--scenes", type=int, default=SCENES, help=f"of a video, {SCENE_SECONDS} s each; default {SCENES}"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="of which the fastest counts; default 3")
     parser.add_argument("--samples", type=int, default=12, help="that the loader loads; default 12")
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="loader processes; default 1 2")
+    parser.add_argument("--only-decoding", action="store_true", help="no slow consumer, and no cache of frames")
     parser.add_argument("--json", type=Path, help="file for the result")
     options = parser.parse_args(arguments)
-    folder = prepare(options.folder, options.seconds, copies=4)
+    folder, scenes = options.folder, options.scenes
+    videos = prepare(folder, scenes)
     experiment = configs.get("nsa_video_7b")
     data = dataclasses.replace(
         experiment.data,
-        source=str(folder / "records.json"),
+        source=str(folder),
         tokenizer=str(folder / "tokenizer.json"),
         video_index=str(folder / "index.jsonl"),
         cache_dir=str(folder),
         contexts_per_batch=1,
-        questions_per_context=4,
+        questions_per_context=QUESTIONS,
         workers=0,
     )
-    if options.seconds * data.fps < data.fewest_frames:
+    if scenes * SCENE_SECONDS * data.fps < data.fewest_frames:
         data = dataclasses.replace(data, fewest_frames=1)
     result: dict = {"needed_frames_per_second": FRAMES / STEP_SECONDS, "load_before": os.getloadavg()}
     result |= environment() | {"parts": {}, "loader": []}
@@ -252,17 +221,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return loader_rates(pipeline, options.samples, step_seconds)
 
     pipeline = build_pipeline(data, experiment.model, split="train", seed=0)
-    for name in SIZES:
-        result["parts"][name] = found = parts_of_a_sample(folder / f"{name}_0.mp4", pipeline, options.repeats)
-        print(f"{name}: {found['sampled_frames']} of {RATE * options.seconds:.0f} frames")
+    for name, path in videos.items():
+        result["parts"][name] = found = parts_of_a_sample(path, pipeline, options.repeats)
+        print(f"{name}: {found['sampled_frames']} of {found['frames']} frames")
         for part, seconds in found["cpu_seconds"].items():
             print(f"  {part:40}{seconds:8.3f} CPU s")
         for part, rate in found["frames_per_second_and_core"].items():
             print(f"  {part:40}{rate:8.0f} frames a second and core")
     save()
-    paces = (0.0, STEP_SECONDS)
+    paces = (0.0,) if options.only_decoding else (0.0, STEP_SECONDS)
     runs = [(dataclasses.replace(data, workers=workers), pace) for workers in options.workers for pace in paces]
-    if options.workers:
+    if options.workers and not options.only_decoding:
         cached = dataclasses.replace(data, workers=1, frame_cache_gigabytes=4.0)
         run_loader(cached, 0.0)  # fills the cache
         runs.append((cached, 0.0))

@@ -1,3 +1,4 @@
+import itertools
 import json
 import logging
 import math
@@ -224,8 +225,12 @@ def test_worker_processes_load_the_same_and_touch_no_accelerator(folder, tmp_pat
     count = threaded.steps_per_epoch
     iterator = pipeline.iterator()
     try:
+        loading = [iterator.loading_seconds]
         for expected in take(threaded, count):
             assert_same(next(iterator), expected)
+            loading.append(iterator.loading_seconds)
+        assert loading[0] == 0
+        assert all(later > earlier for earlier, later in itertools.pairwise(loading))
         assert iterator.failures.counts == {"video": 1}
         state = iterator.get_state()
     finally:

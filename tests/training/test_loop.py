@@ -1,18 +1,22 @@
 """The loop in this process, on random batches; tests/experiments runs the command on real clips."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
 import signal
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from training_fakes import (
     CONTEXTS,
     HELDOUT_BATCHES,
@@ -30,7 +34,10 @@ from videonsa_jax.streams import BATCH_AXIS_SECOND, TrainBatch
 from videonsa_jax.training import loop, spikes
 from videonsa_jax.training.config import Experiment
 from videonsa_jax.training.errors import UsageError
+from videonsa_jax.training.frozen import split_params
+from videonsa_jax.training.mesh import make_mesh
 from videonsa_jax.training.metrics import read_metrics
+from videonsa_jax.training.step import accumulate, sums_like
 
 
 @pytest.fixture
@@ -74,6 +81,7 @@ def test_a_run_trains_evaluates_and_reports(run, tmp_path: Path, capsys: pytest.
     assert [line["step"] for line in train] == [1, 2, 3, 4, 5, 6]
     assert train[0]["answer_tokens"] == random_batch(0).loss_weights.sum()
     assert {"visual_tokens_per_second", "text_tokens_per_second", "step_seconds", "wait_share"} <= train[0].keys()
+    assert {"loading_seconds", "peak_gigabytes"} <= train[0].keys()
     every = HELDOUT_BATCHES * CONTEXTS * QUESTIONS - 1  # the last row only fills up
     # On the way eval_contexts are asked, one batch of three; at the end all.
     evaluations = [(line["step"], line["n"]) for line in lines if line["kind"] == "eval"]
@@ -242,3 +250,34 @@ def test_tensorboard_that_is_not_installed_is_told(run, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(UsageError, match="needs tensorboardX, which is not installed: pip install"):
         run(tiny_experiment(tensorboard=True), tmp_path)
+
+
+def test_a_program_that_compiles_ahead_is_the_one_that_runs() -> None:
+    traced = []
+
+    def double(tree: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        traced.append(tree)
+        return jax.tree.map(lambda leaf: 2 * leaf, tree)
+
+    program = loop.TimedJit(double)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with ThreadPoolExecutor(1) as pool:
+        program.start_compiling(pool, {"a": jax.ShapeDtypeStruct((3,), np.float32, sharding=sharding)})
+        before = program.seconds
+        assert program({"a": jax.device_put(np.ones(3, np.float32))})["a"].tolist() == [2, 2, 2]
+    assert len(traced) == 1
+    assert before > 0
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_update_expects_the_sums_that_batches_give(accumulation: int) -> None:
+    experiment = tiny_experiment(accumulation=accumulation, param_dtype="bfloat16", frozen=("embedding",))
+    config, mesh = experiment.train, make_mesh(experiment.mesh)
+    params = jax.eval_shape(lambda: toy_init_state(experiment.model, config, 0, optax.sgd(0.1)).params)
+    params = jax.tree.map(lambda leaf: leaf.update(dtype=jax.numpy.bfloat16), params)
+    trained, _ = split_params(params, config.frozen)
+    sharding = NamedSharding(mesh, PartitionSpec())
+    expected = loop.expected_sums(trained, accumulation, sums_like(jax.tree.map(lambda _: sharding, trained), sharding))
+    add_batch = functools.partial(accumulate, toy_make_losses(experiment.model, config, mesh), config)
+    found, _ = jax.eval_shape(add_batch, params, None, random_batch(0))
+    assert loop._signature((expected,)) == loop._signature((found,))

@@ -80,12 +80,13 @@ def test_tensorboard_gets_the_same_values(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_clock_averages_since_the_last_line() -> None:
     clock = StepClock(lambda own: own[None], 1000.0)
-    clock.add(StepTime(seconds=1.0, waiting=0.5, host=0.75), visual_tokens=100, text_tokens=10, flops=300.0)
-    clock.add(StepTime(seconds=3.0, waiting=0.5, host=0.75), visual_tokens=300, text_tokens=30, flops=500.0)
+    clock.add(StepTime(1.0, 0.5, 0.75, 4.0), visual_tokens=100, text_tokens=10, flops=300.0)
+    clock.add(StepTime(3.0, 0.5, 0.75, 6.0), visual_tokens=300, text_tokens=30, flops=500.0)
     assert clock.read_and_reset() == {
         "step_seconds": 2.0,
         "wait_share": 0.25,
         "wait_seconds": 0.5,
+        "loading_seconds": 5.0,
         "straggler": 1.0,
         "straggler_process": 0,
         "straggler_seconds": 0.0,
@@ -94,25 +95,26 @@ def test_the_clock_averages_since_the_last_line() -> None:
         "flops_per_second": 200.0,
         "mfu": 0.2,
     }
-    clock.add(StepTime(1.0, 0.0, 0.0), visual_tokens=7, text_tokens=0, flops=None)
+    clock.add(StepTime(1.0, 0.0, 0.0, 0.0), visual_tokens=7, text_tokens=0, flops=None)
     figures = clock.read_and_reset()
     assert figures["visual_tokens_per_second"] == 7.0
     assert figures["flops_per_second"] is figures["mfu"] is None
     unknown_device = StepClock(lambda own: own[None], None)
-    unknown_device.add(StepTime(2.0, 0.0, 0.0), visual_tokens=7, text_tokens=0, flops=8.0)
+    unknown_device.add(StepTime(2.0, 0.0, 0.0, 0.0), visual_tokens=7, text_tokens=0, flops=8.0)
     assert (figures := unknown_device.read_and_reset())["flops_per_second"] == 4.0
     assert figures["mfu"] is None
 
 
 def test_the_process_that_keeps_the_others_waiting_is_named() -> None:
-    others = [[2.0, 0.1, 0.2, 100.0], [2.5, 1.5, 1.75, 300.0]]
+    others = [[2.0, 0.1, 0.2, 1.0, 100.0], [2.5, 1.5, 1.75, 3.0, 300.0]]
     clock = StepClock(lambda own: np.array([own, *others]), 1000.0)
-    clock.add(StepTime(seconds=2.0, waiting=0.1, host=0.25), visual_tokens=1, text_tokens=1, flops=200.0)
+    clock.add(StepTime(seconds=2.0, waiting=0.1, host=0.25, loading=0.5), visual_tokens=1, text_tokens=1, flops=200.0)
     figures = clock.read_and_reset()
     assert figures["straggler"] == 1.25
     assert figures["straggler_process"] == 2
     assert figures["straggler_seconds"] == 1.5
     assert figures["wait_seconds"] == 1.5
+    assert figures["loading_seconds"] == 4.5
     assert figures["mfu"] == 0.3  # 600 FLOPs of all processes in this one's two seconds
 
 

@@ -151,7 +151,7 @@ class FakeRecord:
 class FakeIterator(DataIterator):
     def __init__(self, make_batch: Any, count: int | None):
         self.make_batch, self.count, self.position = make_batch, count, 0
-        self.failures = Failures()
+        self.failures, self.loading_seconds = Failures(), 0.0
 
     def __next__(self) -> Any:
         if self.position == self.count:

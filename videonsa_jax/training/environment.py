@@ -38,6 +38,12 @@ def code_digest() -> str:
     return digest.hexdigest()[:12]
 
 
+def peak_gigabytes() -> float | None:
+    """The most memory that one of this process' devices has held so far, in 1e9 bytes; None where they do not say."""
+    held = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    return None if None in held else max(held) / 1e9
+
+
 def environment() -> dict[str, Any]:
     """Versions and devices, for the report."""
     devices = jax.local_devices()

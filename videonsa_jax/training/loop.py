@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from videonsa_jax.data.sources import DataError
 from videonsa_jax.streams import Batch, TrainBatch
 from videonsa_jax.training import checkpoints
 from videonsa_jax.training.config import Experiment
-from videonsa_jax.training.environment import code_digest, environment, versions
+from videonsa_jax.training.environment import code_digest, environment, peak_gigabytes, versions
 from videonsa_jax.training.errors import usage_errors
 from videonsa_jax.training.export import EXPORT_FOLDER, export_model, model_of_state
 from videonsa_jax.training.flops import peak_flops_per_second, train_flops, trained_parts
@@ -54,7 +54,9 @@ from videonsa_jax.training.profiling import StepProfiler
 from videonsa_jax.training.report import REPORT_FILE, accuracies, write_report
 from videonsa_jax.training.spikes import SPIKES_FILE, SpikeDetector, append_spike, spike_record
 from videonsa_jax.training.step import (
+    Params,
     Rows,
+    Sums,
     accumulate,
     apply_gradients,
     choose_options,
@@ -77,25 +79,56 @@ class TimedJit:
     """A jitted function that is compiled ahead for each set of shapes it meets, the time kept apart.
 
     Attributes:
-      seconds: spent tracing and compiling so far.
+      seconds: that callers stood still for tracing and compiling so far.
     """
 
     def __init__(self, function: Callable, **options: Any):
         self._jitted = jax.jit(function, **options)
-        self._compiled: dict[Any, Callable] = {}
+        self._programs: dict[Any, Callable | Future[Callable]] = {}
         self.seconds = 0.0
+
+    def start_compiling(self, pool: Executor, *args: Any) -> None:
+        """Compiles in `pool` for these arrays, or for shapes that say where theirs will lie."""
+        start = time.perf_counter()
+        self._programs[_signature(args)] = pool.submit(self._jitted.lower(*args).compile)
+        self.seconds += time.perf_counter() - start
 
     def __call__(self, *args: Any) -> Any:
         """Calls the function with arrays that are on the devices already."""
-        leaves, structure = jax.tree.flatten(args)
-        key = (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
-        if key not in self._compiled:
+        signature = _signature(args)
+        program = self._programs.get(signature)
+        if not callable(program):
             start = time.perf_counter()
-            self._compiled[key] = self._jitted.lower(*args).compile()
+            program = program.result() if isinstance(program, Future) else self._jitted.lower(*args).compile()
+            self._programs[signature] = program
             self.seconds += time.perf_counter() - start
         # A hidden copy from the host would stall every step: what enters one was put on the devices beforehand.
         with jax.transfer_guard_host_to_device("disallow"):
-            return self._compiled[key](*args)
+            return program(*args)
+
+
+def _signature(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    leaves, structure = jax.tree.flatten(args)
+    return structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
+
+
+def expected_sums(trained: Params, accumulation: int, shardings: Sums) -> Sums:
+    """Shapes of what `accumulate` returns, so that the update can compile before there is any.
+
+    Args:
+      trained: the trained parameters or their shapes.
+      accumulation: `train.accumulation`.
+      shardings: of the sums.
+    """
+
+    def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, np.float32 if accumulation > 1 else leaf.dtype)
+
+    number, count = (jax.ShapeDtypeStruct((), dtype) for dtype in (np.float32, np.int32))
+    sums = dataclasses.replace(
+        sums_like(jax.tree.map(shape_of, trained), number), visual_tokens=count, text_tokens=count
+    )
+    return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), sums, shardings)
 
 
 @dataclass(frozen=True)
@@ -105,11 +138,13 @@ class StepInput:
     Attributes:
       batches: on the devices.
       flops: of this process' part of them; None if they are not counted.
+      loading_seconds: CPU seconds that loading this process' part took.
       iterator_state: the data iterator's, after them.
     """
 
     batches: list[TrainBatch]
     flops: float | None
+    loading_seconds: float
     iterator_state: dict[str, Any]
 
 
@@ -117,10 +152,12 @@ def fetch_step(
     iterator: DataIterator, accumulation: int, mesh: Mesh, count_flops: Callable[[Batch], float | None]
 ) -> StepInput:
     """Reads and places one optimiser step's batches."""
+    loading_before = iterator.loading_seconds
     read = [next(iterator) for _ in range(accumulation)]
     counted = [count_flops(batch.inputs) for batch in read]
     flops = None if None in counted else sum(counted)
-    return StepInput([place_batch(batch, mesh) for batch in read], flops, iterator.get_state())
+    loading = iterator.loading_seconds - loading_before
+    return StepInput([place_batch(batch, mesh) for batch in read], flops, loading, iterator.get_state())
 
 
 def gather_figures(own: np.ndarray) -> np.ndarray:
@@ -286,6 +323,11 @@ def train(
             donate_argnums=0,
             out_shardings=(shardings, replicated),
         )
+        compiler = ThreadPoolExecutor(1, thread_name_prefix="compiler")
+        resources.callback(compiler.shutdown, wait=False, cancel_futures=True)
+        if step < config.steps:
+            trained_shapes, _ = split_params(shapes.params, config.frozen)
+            update.start_compiling(compiler, state, expected_sums(trained_shapes, config.accumulation, of_sums))
         choose = TimedJit(functools.partial(choose_options, forward), out_shardings=replicated)
 
         def compile_seconds() -> float:
@@ -377,7 +419,7 @@ def train(
 
             seconds = time.perf_counter() - start - (compile_seconds() - compiled_before)
             tokens = {name: metrics[name] for name in ("visual_tokens", "text_tokens")}
-            clock.add(StepTime(seconds, waiting, host), flops=fetched.flops, **tokens)
+            clock.add(StepTime(seconds, waiting, host, fetched.loading_seconds), flops=fetched.flops, **tokens)
             for name, value in {"train_seconds": seconds, **tokens}.items():
                 spent[name] += value
             progress.step()
@@ -391,7 +433,7 @@ def train(
                     f"{spike.sigma:.4f}); its samples are in {workdir / SPIKES_FILE}"
                 )
             if step % config.log_every == 0 or step in (1, config.steps):
-                line = metrics | clock.read_and_reset()
+                line = metrics | clock.read_and_reset() | {"peak_gigabytes": peak_gigabytes()}
                 writer.write("train", step, line)
                 progress.show(step, line)
             if config.save_every and step % config.save_every == 0:

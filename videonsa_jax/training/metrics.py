@@ -90,11 +90,13 @@ class StepTime:
       seconds: of the whole step, compilation apart.
       waiting: of them, waiting for input.
       host: of them, until the devices had all they needed: waiting, and handing the work over.
+      loading: CPU seconds of the loader's threads or processes for the step's input, whenever they were spent.
     """
 
     seconds: float
     waiting: float
     host: float
+    loading: float
 
 
 class StepClock:
@@ -116,7 +118,7 @@ class StepClock:
 
     def _start(self) -> None:
         self._steps = self._visual = self._text = 0
-        self._seconds = self._waiting = self._host = self._flops = 0.0
+        self._seconds = self._waiting = self._host = self._loading = self._flops = 0.0
 
     def add(self, time: StepTime, *, visual_tokens: int, text_tokens: int, flops: float | None) -> None:
         """Counts one step; tokens of all processes, `flops` of this one's batches, None if they are not counted."""
@@ -124,6 +126,7 @@ class StepClock:
         self._seconds += time.seconds
         self._waiting += time.waiting
         self._host += time.host
+        self._loading += time.loading
         self._visual += visual_tokens
         self._text += text_tokens
         self._flops += math.nan if flops is None else flops
@@ -131,13 +134,14 @@ class StepClock:
     def read_and_reset(self) -> dict[str, float | None]:
         """The figures since the last call (docs/training.md, "Metrics"), and starts anew; all processes call it."""
         steps, seconds = max(self._steps, 1), max(self._seconds, 1e-9)
-        own = np.array([self._seconds / steps, self._waiting / steps, self._host / steps, self._flops])
-        step, waiting, host, flops = self._gather(own).T
-        rate = float(flops.sum()) / seconds
+        own = np.array([self._seconds, self._waiting, self._host, self._loading, self._flops]) / steps
+        step, waiting, host, loading, flops = self._gather(own).T
+        rate = float(flops.sum()) * steps / seconds
         figures = {
             "step_seconds": self._seconds / steps,
             "wait_share": self._waiting / seconds,
             "wait_seconds": float(waiting.max()),
+            "loading_seconds": float(loading.sum()),
             "straggler": float(step.max() / max(np.median(step), 1e-9)),
             "straggler_process": int(host.argmax()),
             "straggler_seconds": float(host.max() - np.median(host)),
