@@ -74,7 +74,7 @@ def example_batch(model: ModelConfig, mesh: Mesh, contexts: int, rows: int, toke
     merged = height * width // model.vision.spatial_merge_size**2
     parts = mesh.shape["context"]
     frames = -(-tokens // (merged * parts)) * parts
-    visual = -(-frames * merged // (64 * parts)) * 64 * parts
+    visual = -(-frames * merged // (128 * parts)) * 128 * parts
 
     def full(value: int, *shape: int, dtype: Any = np.int32) -> np.ndarray:
         return np.broadcast_to(np.asarray(value, dtype), shape)

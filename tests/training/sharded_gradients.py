@@ -21,7 +21,7 @@ from videonsa_jax.training.step import Sums, accumulate, init_state, make_losses
 
 meshes.MIN_SHARDED_SIZE = 1  # the model is small: shard what can be
 VOCAB = 48  # like no other size
-MESHES = ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 2}, {"context": 4})
+MESHES = ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 2}, {"context": 4}, {"fsdp": 2, "context": 4})
 
 # Two KV heads; logits of a vocabulary of its own, in two chunks of the text.
 experiment = tiny_experiment(loss_chunk=4)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from videonsa_jax.models.placement import split_by_context
+from videonsa_jax.models.placement import split_frames, split_tokens
 from videonsa_jax.models.remat import checkpointed, weight_product
 
 UNROLLED_LAYERS = 4
@@ -20,6 +20,9 @@ into and out of stacked arrays."""
 ALIGNED_FEATURES = 8
 """Where rows of activations are no multiple of 16 bytes, matrix units read them through copies: the vision tower's MLP
 is 3,420 wide inside. Its weights are padded instead, each time they are used."""
+
+type Rows = Literal["tokens", "frames"]
+"""What the leading axes of a product's rows are, by which a mesh splits them (models/placement.py)."""
 
 
 def fan_in_init(scale: float = 1.0) -> nnx.Initializer:
@@ -36,18 +39,31 @@ def residual_scale(num_layers: int) -> float:
 
 
 def _dot_general(
-    x: Float[Array, "*L in"], kernel: Float[Array, "in out"], dimensions: jax.lax.DotDimensionNumbers, **options: Any
+    x: Float[Array, "*L in"],
+    kernel: Float[Array, "in out"],
+    dimensions: jax.lax.DotDimensionNumbers,
+    *,
+    keep_split: Callable[[Array], Array],
+    **options: Any,
 ) -> Float[Array, "*L out"]:
-    """`lax.dot_general` as `nnx.Linear` calls it."""
 
     def rows_flattened(x: Array, kernel: Array) -> Array:
         rows = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
         return rows.reshape(*x.shape[:-1], kernel.shape[-1])
 
     # The kernel's gradient sums over all leading axes. Where there are several, XLA's CPU backend first copies both
-    # operands. Elsewhere, flattening gains nothing and merges axes that may be split over devices.
+    # operands. Elsewhere flattening gains nothing, and on a mesh it would join axes that are split over devices.
     plain = functools.partial(jax.lax.dot_general, dimension_numbers=dimensions, **options)
-    return weight_product(split_by_context(jax.lax.platform_dependent(x, kernel, cpu=rows_flattened, default=plain)))
+    if jax.sharding.get_abstract_mesh().empty:
+        return weight_product(jax.lax.platform_dependent(x, kernel, cpu=rows_flattened, default=plain))
+    return weight_product(keep_split(plain(x, kernel)))
+
+
+# Made once: two models are alike to JAX only if their functions are the same.
+_PRODUCTS = {
+    "tokens": functools.partial(_dot_general, keep_split=split_tokens),
+    "frames": functools.partial(_dot_general, keep_split=split_frames),
+}
 
 
 def linear(
@@ -59,6 +75,7 @@ def linear(
     dtype: DTypeLike,
     param_dtype: DTypeLike,
     kernel_init: nnx.Initializer | None = None,
+    rows: Rows = "tokens",
 ) -> nnx.Linear:
     """A linear map `[..., in] -> [..., out]`, computed in `dtype`; kernel `[in, out]`, fan-in scaled unless told."""
     return nnx.Linear(
@@ -68,7 +85,7 @@ def linear(
         kernel_init=fan_in_init() if kernel_init is None else kernel_init,
         dtype=dtype,
         param_dtype=param_dtype,
-        dot_general=_dot_general,
+        dot_general=_PRODUCTS[rows],
         rngs=rngs,
     )
 
@@ -78,7 +95,7 @@ def _padded(layer: nnx.Linear, x: Float[Array, "*L in"], *, rows: int = 0, colum
     if rows == columns == 0:
         return layer(x)
     kernel = jnp.pad(layer.kernel[...].astype(layer.dtype), [(0, rows), (0, columns)])
-    y = _dot_general(x.astype(layer.dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    y = layer.dot_general(x.astype(layer.dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())))
     return y if layer.bias is None else y + jnp.pad(layer.bias[...].astype(layer.dtype), (0, columns))
 
 
@@ -110,8 +127,9 @@ class GatedMLP(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
+        rows: Rows = "tokens",
     ):
-        options = {"use_bias": use_bias, "rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        options = {"use_bias": use_bias, "rngs": rngs, "dtype": dtype, "param_dtype": param_dtype, "rows": rows}
         self.gate_proj = linear(hidden, intermediate, **options)
         self.up_proj = linear(hidden, intermediate, **options)
         self.down_proj = linear(intermediate, hidden, kernel_init=fan_in_init(residual_scale(num_layers)), **options)
