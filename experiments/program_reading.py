@@ -201,7 +201,7 @@ def _collectives(
     if base is None:
         return
     result, operands = rest.split(f" {kind}(", 1)
-    # These starts' results are tuples of operand, result and contexts: the largest array is the result. Other tuples are
+    # Of these starts, a tuple of operand, result and contexts: the largest array is the result. Other tuples are
     # exchanges that the compiler joined.
     has_operand = kind in ("all-gather-start", "collective-permute-start")
     size = max(_sizes(result), default=0) if has_operand else sum(_sizes(result))

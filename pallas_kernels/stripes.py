@@ -1,8 +1,8 @@
 """Two stripes of a stream on each rank of a mesh axis, one early and one late, so that causal work balances.
 
-The stream is cut into 2 C stripes of equal length in sequence order, and rank r of C holds stripes r and 2 C - 1 - r. What
-a causal query costs grows with its index: two stripes cost the same on every rank, while of C contiguous parts the last
-costs up to twice the mean.
+The stream is cut into 2 C stripes of equal length in sequence order, and rank r of C holds stripes r and 2 C - 1 - r.
+What a causal query costs grows with its index: two such stripes cost the same on every rank, while of C contiguous
+parts the last costs up to twice the mean.
 """
 
 import jax
@@ -22,7 +22,9 @@ def striped_order(tokens: int, ranks: int) -> Int[np.ndarray, "tokens"]:
       ValueError: T does not divide into 2 C stripes.
     """
     if tokens % (2 * ranks):
-        raise ValueError(f"{tokens} tokens lie in two stripes on each of {ranks} ranks, expected a multiple of {2 * ranks}")
+        raise ValueError(
+            f"a stream of {tokens} tokens in two stripes on each of {ranks} ranks, expected a multiple of {2 * ranks}"
+        )
     stripes = np.arange(tokens, dtype=np.int32).reshape(2 * ranks, -1)
     early = np.arange(ranks)
     return stripes[np.stack([early, 2 * ranks - 1 - early], axis=1)].reshape(-1)

@@ -14,13 +14,14 @@ from training_fakes import tiny_experiment
 
 from experiments import plan
 from experiments.program_reading import read_program
+from videonsa_jax.models import placement
 from videonsa_jax.training import mesh as meshes
 from videonsa_jax.training.config import MeshConfig
 from videonsa_jax.training.step import accumulate, init_state, make_losses
 
 CONTEXTS, TOKENS, TEXT, CONTEXT_PARTS = 2, 60 * 256, 8, 4
 
-meshes.MIN_SHARDED_SIZE = 1
+placement.MIN_SHARDED_SIZE = 1
 experiment = tiny_experiment(remat="full")
 # Heads beside which keys are few, as in the real model; streams larger than any weight.
 text = dataclasses.replace(experiment.model.text, hidden_size=128, num_attention_heads=8, num_key_value_heads=1)

@@ -15,11 +15,12 @@ import numpy as np
 import optax
 from training_fakes import random_batch, tiny_experiment
 
+from videonsa_jax.models import placement
 from videonsa_jax.training import mesh as meshes
 from videonsa_jax.training.config import MeshConfig
 from videonsa_jax.training.step import Sums, accumulate, init_state, make_losses
 
-meshes.MIN_SHARDED_SIZE = 1  # the model is small: shard what can be
+placement.MIN_SHARDED_SIZE = 1  # the model is small: shard what can be
 VOCAB = 48  # like no other size
 MESHES = ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 2}, {"context": 4}, {"fsdp": 2, "context": 4})
 

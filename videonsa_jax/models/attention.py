@@ -278,9 +278,7 @@ class Attention(nnx.Module):
         if options.striped:
             past = past[:, :, striped_order(query.shape[2], options.mesh.shape[CONTEXT_AXIS])]
         lengths, visible_text = places.text_lengths[:, :1], places.visible_text[:, None]
-        visual = _prefix(
-            query, *visual_kv, past, places.visual_lengths, options, visual_queries=True, visual_keys=True
-        )
+        visual = _prefix(query, *visual_kv, past, places.visual_lengths, options, visual_queries=True, visual_keys=True)
         text = _prefix(query, *text_kv, visible_text, lengths, options, visual_queries=True)
         return merge_by_lse(visual, text)[0][:, 0]
 

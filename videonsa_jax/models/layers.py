@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from videonsa_jax.models.placement import split_frames, split_tokens
+from videonsa_jax.models.placement import Rows, split_product
 from videonsa_jax.models.remat import checkpointed, weight_product
 
 UNROLLED_LAYERS = 4
@@ -20,9 +20,6 @@ into and out of stacked arrays."""
 ALIGNED_FEATURES = 8
 """Where rows of activations are no multiple of 16 bytes, matrix units read them through copies: the vision tower's MLP
 is 3,420 wide inside. Its weights are padded instead, each time they are used."""
-
-type Rows = Literal["tokens", "frames"]
-"""What the leading axes of a product's rows are, by which a mesh splits them (models/placement.py)."""
 
 
 def fan_in_init(scale: float = 1.0) -> nnx.Initializer:
@@ -43,27 +40,32 @@ def _dot_general(
     kernel: Float[Array, "in out"],
     dimensions: jax.lax.DotDimensionNumbers,
     *,
-    keep_split: Callable[[Array], Array],
+    rows: Rows,
+    fill: tuple[int, int] = (0, 0),
     **options: Any,
 ) -> Float[Array, "*L out"]:
+    """`lax.dot_general` as `nnx.Linear` calls it; `fill` says how many inputs and outputs of weights 0 are added."""
+
+    def padded(kernel: Array) -> Array:
+        return jnp.pad(kernel, [(0, more) for more in fill]) if any(fill) else kernel
 
     def rows_flattened(x: Array, kernel: Array) -> Array:
-        rows = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
-        return rows.reshape(*x.shape[:-1], kernel.shape[-1])
+        flat = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), padded(kernel), (((1,), (0,)), ((), ())), **options)
+        return flat.reshape(*x.shape[:-1], flat.shape[-1])
 
-    # The kernel's gradient sums over all leading axes. Where there are several, XLA's CPU backend first copies both
-    # operands. Elsewhere flattening gains nothing, and on a mesh it would join axes that are split over devices.
-    plain = functools.partial(jax.lax.dot_general, dimension_numbers=dimensions, **options)
-    if jax.sharding.get_abstract_mesh().empty:
-        return weight_product(jax.lax.platform_dependent(x, kernel, cpu=rows_flattened, default=plain))
-    return weight_product(keep_split(plain(x, kernel)))
+    def plain(x: Array, kernel: Array) -> Array:
+        return jax.lax.dot_general(x, padded(kernel), dimensions, **options)
+
+    def product(x: Array, kernel: Array) -> Array:
+        # The kernel's gradient sums over all leading axes. Where there are several, XLA's CPU backend first copies both
+        # operands; elsewhere flattening gains nothing.
+        return jax.lax.platform_dependent(x, kernel, cpu=rows_flattened, default=plain)
+
+    return weight_product(split_product(product, x, kernel, rows))
 
 
 # Made once: two models are alike to JAX only if their functions are the same.
-_PRODUCTS = {
-    "tokens": functools.partial(_dot_general, keep_split=split_tokens),
-    "frames": functools.partial(_dot_general, keep_split=split_frames),
-}
+_PRODUCTS = {rows: functools.partial(_dot_general, rows=rows) for rows in ("tokens", "frames")}
 
 
 def linear(
@@ -94,8 +96,8 @@ def _padded(layer: nnx.Linear, x: Float[Array, "*L in"], *, rows: int = 0, colum
     """`layer(x)` with that many more inputs or outputs, all of whose weights are 0."""
     if rows == columns == 0:
         return layer(x)
-    kernel = jnp.pad(layer.kernel[...].astype(layer.dtype), [(0, rows), (0, columns)])
-    y = layer.dot_general(x.astype(layer.dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    x, kernel = x.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)
+    y = layer.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), fill=(rows, columns))
     return y if layer.bias is None else y + jnp.pad(layer.bias[...].astype(layer.dtype), (0, columns))
 
 

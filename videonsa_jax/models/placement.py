@@ -1,13 +1,15 @@
-"""Where activations lie on the devices of a mesh.
+"""Where activations and weights lie on the devices of a mesh.
 
-Contexts are split over `data` and `fsdp`; within a context, frames and tokens of the visual stream over `context`.
-Weights lie split too. Told nothing, XLA's partitioner now and then leaves a product of the two split as the weights are,
-and moves activations, which are larger, instead of gathering weights. So every product with weights is told to stay
-where its tokens are, and what has to move (keys and values, merged frames) is moved by name.
+Contexts are split over `data` and `fsdp`; within a context, tokens and frames over `context`. Weights lie split over
+`fsdp` and `context` together and are gathered for each product, their gradients reduce-scattered. All of this is said
+outright: left to itself, XLA's partitioner now and then leaves a product split as its weights are and moves
+activations, which are larger, or turns the product into a ring of narrow ones.
 """
 
 import contextlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,12 @@ from jaxtyping import Array, Float, Int, Shaped
 DATA_AXES = ("data", "fsdp")  # mesh axes over which contexts (B) are split
 CONTEXT_AXIS, TENSOR_AXIS = "context", "tensor"
 FRAME_AXES = (*DATA_AXES, CONTEXT_AXIS)
+WEIGHT_AXES = ("fsdp", CONTEXT_AXIS)
+
+MIN_SHARDED_SIZE = 2**14  # smaller arrays are replicated: gathering them costs more than holding them
+
+type Rows = Literal["tokens", "frames"]
+"""What the leading axes of activations are: `[B, Lv, ...]` or `[B, Q, Lt, ...]`, or `[F, P, ...]`."""
 
 
 def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
@@ -26,30 +34,79 @@ def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def split_tokens(x: Shaped[Array, "B *rest"]) -> Shaped[Array, "B *rest"]:
-    """Keeps a stream's activations, and their gradient, split by context and the visual stream's by token too.
+def weight_split(
+    shape: tuple[int, ...], mesh: Mesh | AbstractMesh, taken: Collection[int] = ()
+) -> tuple[int, tuple[str, ...]] | None:
+    """The axis of a parameter that is split, and over which mesh axes.
+
+    It is the largest of those that divide over `fsdp` and `context` together or, where none does, over `fsdp` alone.
 
     Args:
-      x: `[B, Lv, features]` of the visual stream or `[B, Q, Lt, features]` of the text stream, which is whole on each
-        rank of `context`.
+      shape: of the parameter.
+      mesh: the devices.
+      taken: axes that are split otherwise.
+
+    Returns:
+      None where the parameter is too small or nothing divides.
     """
-    return _kept(x, (DATA_AXES, (CONTEXT_AXIS,)) if x.ndim == 3 else (DATA_AXES,))
+    if math.prod(shape) < MIN_SHARDED_SIZE:
+        return None
+    for names in (WEIGHT_AXES, WEIGHT_AXES[:1]):
+        parts = _size(mesh, names)
+        divisible = [axis for axis, length in enumerate(shape) if length % parts == 0 and axis not in taken]
+        if divisible:
+            return max(divisible, key=lambda axis: shape[axis]), tuple(n for n in names if mesh.shape.get(n, 1) > 1)
+    return None
 
 
-def split_frames(x: Shaped[Array, "F *rest"]) -> Shaped[Array, "F *rest"]:
-    """Keeps the vision tower's activations, and their gradient, split by frame."""
-    return _kept(x, (FRAME_AXES,))
+def split_product(
+    product: Callable[[Array, Array], Array], x: Float[Array, "*L in"], kernel: Float[Array, "in out"], rows: Rows
+) -> Float[Array, "*L out"]:
+    """`product(x, kernel)`, by each device for its own rows; the kernel is gathered, its gradient reduce-scattered.
 
+    Where heads are split over `tensor` as well, the partitioner is told where rows stay and arranges the rest.
 
-def _kept(x: Array, axes: tuple[tuple[str, ...], ...]) -> Array:
+    Args:
+      product: a map of the last axis.
+      x: activations.
+      kernel: its weights.
+      rows: what the leading axes of x are.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    sizes = [_size(mesh, names) for names in axes]
-    if all(size == 1 for size in sizes) or any(length % size for length, size in zip(x.shape, sizes, strict=False)):
+    split = _rows_split(x, rows, mesh)
+    if split is None:
+        return product(x, kernel)
+    if _size(mesh, (TENSOR_AXIS,)) > 1:
+        free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - len(split))
+        return jax.lax.with_sharding_constraint(product(x, kernel), PartitionSpec(*split, *free))
+    of_kernel = weight_split(kernel.shape, mesh)
+
+    def on_own_rows(x: Array, kernel: Array) -> Array:
+        if of_kernel is not None and of_kernel[1]:
+            kernel = jax.lax.all_gather(kernel, of_kernel[1], axis=of_kernel[0], tiled=True)
+        return product(x, kernel)
+
+    kernel_split = PartitionSpec() if of_kernel is None else PartitionSpec(*[None] * of_kernel[0], of_kernel[1])
+    return _on_each(mesh, on_own_rows, [split, kernel_split], split)(x, kernel)
+
+
+def split_rows(x: Shaped[Array, "*L features"], rows: Rows) -> Shaped[Array, "*L features"]:
+    """Keeps activations, and their gradient, where `split_product` has its rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    split = _rows_split(x, rows, mesh)
+    if split is None:
         return x
-    # Features lie split over `tensor` or whole, as the weights say.
-    features = PartitionSpec.UNCONSTRAINED if _size(mesh, (TENSOR_AXIS,)) > 1 else None
-    spec = [_present(mesh, names) for names in axes] + [None] * (x.ndim - len(axes) - 1)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec, features))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*split, *[None] * (x.ndim - len(split))))
+
+
+def _rows_split(x: Array, rows: Rows, mesh: AbstractMesh) -> PartitionSpec | None:
+    axes = {0: FRAME_AXES} if rows == "frames" else {0: DATA_AXES, x.ndim - 2: (CONTEXT_AXIS,)}
+    parts = {axis: _size(mesh, names) for axis, names in axes.items()}
+    if all(size == 1 for size in parts.values()) or x.shape[0] % parts[0]:
+        return None
+    # Few tokens of text may not divide: then all ranks of `context` compute all of them.
+    split = {axis: _present(mesh, names) for axis, names in axes.items() if x.shape[axis] % parts[axis] == 0}
+    return PartitionSpec(*(split.get(axis) for axis in range(x.ndim - 1)))
 
 
 def by_frame(x: Shaped[Array, "B F *rest"]) -> Shaped[Array, "B*F *rest"]:
@@ -64,9 +121,7 @@ def by_frame(x: Shaped[Array, "B F *rest"]) -> Shaped[Array, "B*F *rest"]:
     return _on_each(mesh, join, [_of_contexts(mesh)], PartitionSpec(_present(mesh, FRAME_AXES)))(x)
 
 
-def take_tokens(
-    merged: Float[Array, "B*F M hidden"], source: Int[Array, "B Lv"]
-) -> Float[Array, "B Lv hidden"]:
+def take_tokens(merged: Float[Array, "F M hidden"], source: Int[Array, "B Lv"]) -> Float[Array, "B Lv hidden"]:
     """Lines merged tokens up as the visual stream, from frames as `by_frame` joined them.
 
     A rank of `context` gathers its contexts' merged tokens whole and takes its own tokens; the gradient is
@@ -123,11 +178,11 @@ def _frames_divide(mesh: AbstractMesh, contexts: int, frames: int) -> bool:
     return parts != (1, 1) and contexts % parts[0] == 0 and frames % parts[1] == 0
 
 
-def _present(mesh: AbstractMesh, axes: tuple[str, ...]) -> tuple[str, ...]:
+def _present(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(axis for axis in axes if axis in mesh.shape)
 
 
-def _size(mesh: AbstractMesh, axes: tuple[str, ...]) -> int:
+def _size(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> int:
     size = 1
     for axis in _present(mesh, axes):
         size *= mesh.shape[axis]

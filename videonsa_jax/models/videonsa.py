@@ -17,7 +17,7 @@ from videonsa_jax.models.attention import AttentionKind, AttentionOptions, Imple
 from videonsa_jax.models.cache import KVCache, Piece, extend
 from videonsa_jax.models.decoder import Decoder
 from videonsa_jax.models.layers import RMSNorm, linear
-from videonsa_jax.models.placement import CONTEXT_AXIS, by_frame, on_mesh, split_tokens, take_tokens
+from videonsa_jax.models.placement import CONTEXT_AXIS, by_frame, on_mesh, split_rows, take_tokens
 from videonsa_jax.models.vision import VisionTower
 from videonsa_jax.streams import Batch, register_pytree
 
@@ -141,7 +141,7 @@ class VideoNSA(nnx.Module):
                 )
             # The default gather clamps: a padding id outside the vocabulary cannot become NaN.
             text = self.embed_tokens.embedding[...][batch.text_tokens].astype(self.dtype)
-            hidden = (self.embed_visual(batch), split_tokens(text))
+            hidden = (self.embed_visual(batch), split_rows(text, "tokens"))
             places = visibility(batch, self.config.text)
             visual, text = self.decoder(hidden, places, options, update_visual=return_visual)
             if return_visual and order is not None:

@@ -9,21 +9,18 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from videonsa_jax.models import placement
 from videonsa_jax.streams import BATCH_AXIS_SECOND
 from videonsa_jax.training.config import MeshConfig
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
-WEIGHT_AXES = ("fsdp", "context")
 HOST_MEMORY = "pinned_host"
-
-MIN_SHARDED_SIZE = 2**14  # smaller arrays are replicated: gathering them costs more than holding them
 
 type Rule = tuple[str, int | Literal["fsdp", "replicated"]]
 
-# The first rule whose pattern is found in an array's path decides. A number is the axis split over `tensor`; over
-# `fsdp` and `context` together goes, there and where a rule says so alone, the largest of the other axes that divides;
-# where none does, over `fsdp` alone.
+# The first rule whose pattern is found in an array's path decides. A number is the axis split over `tensor`; there, and
+# where a rule says so alone, another axis is split over `fsdp` and `context` (`placement.weight_split`).
 RULES: tuple[Rule, ...] = (
     (r"(^|/)(step|count|bias|scale)$", "replicated"),
     # Columns, then rows: one sum over `tensor` for each pair. Heads lie KV head by KV head, so a part has whole groups.
@@ -79,18 +76,15 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 def _spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Sequence[Rule]) -> PartitionSpec:
     rule = next(rule for pattern, rule in rules if re.search(pattern, path))
-    if rule == "replicated" or np.prod(shape) < MIN_SHARDED_SIZE:
+    if rule == "replicated" or math.prod(shape) < placement.MIN_SHARDED_SIZE:
         return PartitionSpec()
-    tensor = mesh.shape["tensor"]
     names: list[str | tuple[str, ...] | None] = [None] * len(shape)
-    if rule != "fsdp" and tensor > 1 and shape[rule] % tensor == 0:
-        names[rule] = "tensor"
-    for over in (WEIGHT_AXES, WEIGHT_AXES[:1]):
-        parts = math.prod(mesh.shape[axis] for axis in over)
-        divisible = [axis for axis, size in enumerate(shape) if size % parts == 0 and names[axis] is None]
-        if divisible:
-            names[max(divisible, key=lambda axis: shape[axis])] = over if mesh.shape["context"] > 1 else "fsdp"
-            break
+    taken = ()
+    if rule != "fsdp" and mesh.shape["tensor"] > 1 and shape[rule] % mesh.shape["tensor"] == 0:
+        names[rule], taken = "tensor", (rule % len(shape),)
+    if split := placement.weight_split(shape, mesh, taken):
+        axis, over = split
+        names[axis] = over[0] if len(over) == 1 else over or None
     while names and names[-1] is None:
         names.pop()
     return PartitionSpec(*names)
