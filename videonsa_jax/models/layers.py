@@ -36,14 +36,14 @@ def residual_scale(num_layers: int) -> float:
 
 
 def _dot_general(
-    x: Float[Array, "*L in"],
+    x: Float[Array, "*L features"],
     kernel: Float[Array, "in out"],
     dimensions: jax.lax.DotDimensionNumbers,
     *,
     rows: Rows,
     fill: tuple[int, int] = (0, 0),
     **options: Any,
-) -> Float[Array, "*L out"]:
+) -> Float[Array, "..."]:
     """`lax.dot_general` as `nnx.Linear` calls it; `fill` says how many inputs and outputs of weights 0 are added."""
 
     def padded(kernel: Array) -> Array:

@@ -23,6 +23,8 @@ WEIGHT_AXES = ("fsdp", CONTEXT_AXIS)
 
 MIN_SHARDED_SIZE = 2**14  # smaller arrays are replicated: gathering them costs more than holding them
 
+LANES = 128
+
 type Rows = Literal["tokens", "frames"]
 """What the leading axes of activations are: `[B, Lv, ...]` or `[B, Q, Lt, ...]`, or `[F, P, ...]`."""
 
@@ -40,6 +42,8 @@ def weight_split(
     """The axis of a parameter that is split, and over which mesh axes.
 
     It is the largest of those that divide over `fsdp` and `context` together or, where none does, over `fsdp` alone.
+    The last axis comes last if its parts were not whole lanes: a TPU pads such parts, and all-reduces what it could
+    reduce-scatter.
 
     Args:
       shape: of the parameter.
@@ -55,13 +59,15 @@ def weight_split(
         parts = _size(mesh, names)
         divisible = [axis for axis, length in enumerate(shape) if length % parts == 0 and axis not in taken]
         if divisible:
-            return max(divisible, key=lambda axis: shape[axis]), tuple(n for n in names if mesh.shape.get(n, 1) > 1)
+            is_whole = [axis < len(shape) - 1 or length // parts % LANES == 0 for axis, length in enumerate(shape)]
+            best = max(divisible, key=lambda axis: (is_whole[axis], shape[axis]))
+            return best, tuple(name for name in names if mesh.shape.get(name, 1) > 1)
     return None
 
 
 def split_product(
-    product: Callable[[Array, Array], Array], x: Float[Array, "*L in"], kernel: Float[Array, "in out"], rows: Rows
-) -> Float[Array, "*L out"]:
+    product: Callable[[Array, Array], Array], x: Float[Array, "*L features"], kernel: Float[Array, "in out"], rows: Rows
+) -> Float[Array, "..."]:
     """`product(x, kernel)`, by each device for its own rows; the kernel is gathered, its gradient reduce-scattered.
 
     Where heads are split over `tensor` as well, the partitioner is told where rows stay and arranges the rest.
@@ -79,15 +85,15 @@ def split_product(
     if _size(mesh, (TENSOR_AXIS,)) > 1:
         free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - len(split))
         return jax.lax.with_sharding_constraint(product(x, kernel), PartitionSpec(*split, *free))
-    of_kernel = weight_split(kernel.shape, mesh)
+    axis, names = weight_split(kernel.shape, mesh) or (0, ())
 
     def on_own_rows(x: Array, kernel: Array) -> Array:
-        if of_kernel is not None and of_kernel[1]:
-            kernel = jax.lax.all_gather(kernel, of_kernel[1], axis=of_kernel[0], tiled=True)
+        # One axis at a time: over two, TPUs all-reduce gradients where they could reduce-scatter.
+        for name in reversed(names):
+            kernel = jax.lax.all_gather(kernel, name, axis=axis, tiled=True)
         return product(x, kernel)
 
-    kernel_split = PartitionSpec() if of_kernel is None else PartitionSpec(*[None] * of_kernel[0], of_kernel[1])
-    return _on_each(mesh, on_own_rows, [split, kernel_split], split)(x, kernel)
+    return _on_each(mesh, on_own_rows, [split, PartitionSpec(*[None] * axis, names)], split)(x, kernel)
 
 
 def split_rows(x: Shaped[Array, "*L features"], rows: Rows) -> Shaped[Array, "*L features"]:
