@@ -8,9 +8,9 @@ A topology is a TPU's, such as v5e:16x16, v5p:4x4x4 or v6e:16x16: libtpu compile
 
 In the figures: the loop's two programs, the gradient of a batch and the update, as they would run; the state as the
 mesh splits it, and with `train.offload_optimizer` the part of it that waits in the hosts' memory, apart; what the
-compiler reports of temporaries, exchanges and cycles. Not in them: what the state's arrays are padded by to whole tiles;
-the next batch, on its way; a checkpoint's copy; buckets of other lengths; how long copies between host and device take.
-Nothing is timed. docs/training.md says what each figure means.
+compiler reports of temporaries, exchanges and cycles. Not in them: what the state's arrays are padded by to whole
+tiles; the next batch, on its way; a checkpoint's copy; buckets of other lengths; how long copies between host and
+device take. Nothing is timed. docs/training.md says what each figure means.
 
 Exit status: 0 it fits, 1 it does not, 2 something in the command or the config that you can mend.
 """
