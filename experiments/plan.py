@@ -4,9 +4,15 @@
     python -m experiments.plan --config=nsa_video_7b --topology=local --context=13500
 
 A topology is a TPU's, such as v5e:16x16, v5p:4x4x4 or v6e:16x16: libtpu compiles for chips that are not there
-(`requirements-tpu.txt` installs it); "local" is this machine's devices. No weights and no data are read, and nothing is
-timed: docs/training.md says what the figures mean. Exit status: 0 it fits, 1 it does not, 2 something in the command or
-the config that you can mend.
+(`requirements-tpu.txt` installs it); "local" is this machine's devices. No weights and no data are read.
+
+In the figures: the loop's two programs, the gradient of a batch and the update, as they would run; the state as the
+mesh splits it, and with `train.offload_optimizer` the part of it that waits in the hosts' memory, apart; what the
+compiler reports of temporaries, exchanges and cycles. Not in them: what the state's arrays are padded by to whole
+tiles; the next batch, on its way; a checkpoint's copy; buckets of other lengths; how long copies between host and
+device take. Nothing is timed. docs/training.md says what each figure means.
+
+Exit status: 0 it fits, 1 it does not, 2 something in the command or the config that you can mend.
 """
 
 import argparse
@@ -42,9 +48,11 @@ from videonsa_jax.training.errors import UsageError, usage_errors
 from videonsa_jax.training.flops import peak_flops_per_second, train_flops, trained_parts
 from videonsa_jax.training.frozen import join_params, split_params
 from videonsa_jax.training.mesh import (
+    HOST_MEMORY,
     batch_sharding,
     check_batch_size,
     check_model_size,
+    in_host_memory,
     make_mesh,
     path_name,
     state_shardings,
@@ -74,7 +82,7 @@ def example_batch(model: ModelConfig, mesh: Mesh, contexts: int, rows: int, toke
     merged = height * width // model.vision.spatial_merge_size**2
     parts = mesh.shape["context"]
     frames = -(-tokens // (merged * parts)) * parts
-    visual = -(-frames * merged // (64 * parts)) * 64 * parts
+    visual = -(-frames * merged // (128 * parts)) * 128 * parts
 
     def full(value: int, *shape: int, dtype: Any = np.int32) -> np.ndarray:
         return np.broadcast_to(np.asarray(value, dtype), shape)
@@ -110,8 +118,12 @@ def _sharded(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings)
 
 
-def _bytes_per_device(tree: Any) -> int:
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def _bytes_per_device(tree: Any, *, on_host: bool = False) -> int:
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+        if (x.sharding.memory_kind == HOST_MEMORY) == on_host
+    )
 
 
 def _devices(topology: str) -> tuple[Chip, Sequence[jax.Device]]:
@@ -156,7 +168,7 @@ def plan(experiment: Experiment, topology: str, tokens: int, text: int) -> Plan:
       text: text tokens of a row.
 
     Raises:
-      ValueError: the topology or the mesh cannot be.
+      ValueError: the topology or the mesh cannot be, or its devices lack what `train.offload_optimizer` needs.
     """
     chip, devices = _devices(topology)
     model, train, data = experiment.model, experiment.train, experiment.data
@@ -169,6 +181,9 @@ def plan(experiment: Experiment, topology: str, tokens: int, text: int) -> Plan:
     optimizer = make_optimizer(experiment.optimizer, train.steps, train.param_dtype)
     shapes = jax.eval_shape(functools.partial(init_state, model, train, 0, optimizer))
     of_state = state_shardings(shapes, mesh)
+    if train.offload_optimizer:
+        on_host = in_host_memory(shapes.opt_state, of_state.opt_state)
+        of_state = dataclasses.replace(of_state, opt_state=on_host)
     state = _sharded(shapes, of_state)
     example = example_batch(model, mesh, data.contexts_per_batch, data.questions_per_context, tokens, text)
     batch = _placed(example, mesh)
@@ -176,7 +191,8 @@ def plan(experiment: Experiment, topology: str, tokens: int, text: int) -> Plan:
     add_batch = functools.partial(accumulate, losses, train)
     replicated = NamedSharding(mesh, PartitionSpec())
     of_sums = sums_like(split_params(of_state.params, train.frozen)[0], replicated)
-    update = functools.partial(apply_gradients, optimizer, learning_rate(experiment.optimizer, train.steps))
+    schedule = learning_rate(experiment.optimizer, train.steps)
+    update = functools.partial(apply_gradients, optimizer, schedule, offloaded=train.offload_optimizer)
 
     began = time.monotonic()
     with contextlib.nullcontext() if topology == LOCAL else tpu.compiling_for(chip.name):
@@ -202,6 +218,7 @@ def plan(experiment: Experiment, topology: str, tokens: int, text: int) -> Plan:
         chip=chip,
         parameter_bytes=_bytes_per_device(state.params),
         optimizer_bytes=_bytes_per_device(state.opt_state),
+        host_bytes=_bytes_per_device(state.opt_state, on_host=True),
         gradient_bytes=_bytes_per_device(sums.grads),
         batch_bytes=_bytes_per_device(batch),
         kept_bytes=kept // mesh.size,

@@ -152,7 +152,9 @@ class Plan:
       accumulation: batches a step.
       chip: the device.
       parameter_bytes: of the parameters.
-      optimizer_bytes: of the optimiser's state, float32 masters included.
+      optimizer_bytes: of the optimiser's state, float32 masters included, as far as it stays on the device.
+      host_bytes: of its part that waits in the host's memory (`train.offload_optimizer`); the update's temporaries have
+        what of it is on the device.
       gradient_bytes: of the gradients' sums.
       batch_bytes: of one batch.
       kept_bytes: activations that JAX hands to the backward pass, shared evenly among the devices; the compiler may
@@ -173,6 +175,7 @@ class Plan:
     chip: Chip
     parameter_bytes: int
     optimizer_bytes: int
+    host_bytes: int
     gradient_bytes: int
     batch_bytes: int
     kept_bytes: int
@@ -185,13 +188,13 @@ class Plan:
         """The most that a device holds; None where the compiler refused without a figure."""
         held = self.parameter_bytes + self.optimizer_bytes + self.batch_bytes + self.gradient_bytes
         peaks = []
-        for program in self.programs.values():
+        for name, program in self.programs.items():
             if program.temporary_bytes is not None:
                 peaks.append(held + program.temporary_bytes)
             elif program.needed_bytes is None:
                 return None
-            else:
-                peaks.append(program.needed_bytes + self.optimizer_bytes)
+            else:  # what the program itself holds: the gradient's has no optimiser
+                peaks.append(program.needed_bytes + self.optimizer_bytes * (name == "gradient"))
         return max(peaks)
 
     @property
@@ -256,6 +259,7 @@ def shown(plan: Plan) -> str:
         "bytes on a device",
         f"  parameters            {gib(plan.parameter_bytes)}",
         f"  optimiser             {gib(plan.optimizer_bytes)}",
+        *([f"  optimiser, host's     {gib(plan.host_bytes)}"] if plan.host_bytes else []),
         f"  gradients             {gib(plan.gradient_bytes)}",
         f"  batch                 {gib(plan.batch_bytes)}",
         f"  activations kept      {gib(plan.kept_bytes)}",

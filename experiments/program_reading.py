@@ -164,6 +164,8 @@ def _sizes(text: str) -> Iterator[int]:
 
 
 def _trip_count(bodies: dict[str, list[tuple[str, str]]], name: str, rest: str) -> int:
+    if stated := re.search(r'"known_trip_count":\{"n":"(\d+)"', rest):
+        return int(stated[1])
     condition = bodies[re.search(r"condition=%?([^,\s]+)", rest)[1]]
     limits = [re.search(r"[su]32\[\]\S* constant\((\d+)\)", line) for _, line in condition]
     limits = [int(limit[1]) for limit in limits if limit]
@@ -199,13 +201,23 @@ def _collectives(
     if base is None:
         return
     result, operands = rest.split(f" {kind}(", 1)
-    # A start's result is a tuple of operands, results and contexts: the largest array is the result.
-    size = max(_sizes(result), default=0)
+    # Of these starts, a tuple of operand, result and contexts: the largest array is the result. Other tuples are
+    # exchanges that the compiler joined.
+    has_operand = kind in ("all-gather-start", "collective-permute-start")
+    size = max(_sizes(result), default=0) if has_operand else sum(_sizes(result))
     members = _group_size(rest)
     parts = {"all-reduce": 2.0, "reduce-scatter": float(members), "collective-permute": members / max(members - 1, 1)}
     moved = int(size * parts.get(base, 1.0) * (members - 1) / members)
+    yield f"{computation}/{_exchange(name, operands)}", Collective(base, runs, moved)
+
+
+def _exchange(name: str, operands: str) -> str:
+    """What the parts of one asynchronous exchange share."""
+    if chain := re.search(r'chain_id="(\d+)"', operands):
+        return f"chain {chain[1]}"
     channel = re.search(r"channel_id=(\d+)", operands)
-    yield f"{computation}/{channel[1] if channel else name}", Collective(base, runs, moved)
+    # All collectives that `shard_map` makes are on channel 1.
+    return f"channel {channel[1]}" if channel and channel[1] != "1" else name
 
 
 def _group_size(rest: str) -> int:

@@ -15,6 +15,7 @@ from pallas_kernels.block_selection.choice import replaced_choice
 from pallas_kernels.common import ArrayLike, Scalar, query_indices, resolve_lengths, zero_where
 from pallas_kernels.compressed_attention.api import compressed_attention
 from pallas_kernels.selected_attention.api import selected_attention
+from pallas_kernels.stripes import gather_stripes, stripe_starts
 from pallas_kernels.window_attention.api import window_attention
 
 Branch = Literal["compressed", "selected", "window"]
@@ -190,6 +191,7 @@ def nsa_attention_sharded(
     data_axes: str | tuple[str, ...] | None = None,
     context_axis: str | None = None,
     tensor_axis: str | None = None,
+    striped: bool = False,
     block_size: int = 64,
     block_count: int = 32,
     window_size: int = 256,
@@ -202,8 +204,8 @@ def nsa_attention_sharded(
 ) -> Float[jax.Array, "B T N G D"]:
     """Runs `nsa_attention` on every device of a mesh, for its share of rows, queries and KV heads.
 
-    Each context shard holds a contiguous range of the T tokens; keys and values are all-gathered over the context
-    axis (and their gradients reduce-scattered).
+    Each context shard holds a contiguous range of the T tokens or, `striped`, two ranges that balance the causal work;
+    keys and values are all-gathered over the context axis (and their gradients reduce-scattered).
 
     Args:
       q: queries of the whole batch, as in `nsa_attention`.
@@ -214,6 +216,7 @@ def nsa_attention_sharded(
       data_axes: mesh axes over which rows are split; None: not split.
       context_axis: mesh axis over which tokens are split; None: not split.
       tensor_axis: mesh axis over which KV heads are split; None: not split.
+      striped: tokens of q, k, v and gate_logits lie in the order of `stripes.striped_order`, and so does the result.
       block_size: as in `nsa_attention`; so are the arguments below.
       block_count: see there.
       window_size: see there.
@@ -242,7 +245,7 @@ def nsa_attention_sharded(
         ("context_axis", (context_axis,) if context_axis else (), 1),
         ("tensor_axis", (tensor_axis,) if tensor_axis else (), 2),
     ):
-        parts = 1
+        parts = 2 if striped and argument == "context_axis" else 1
         for axis in axes:
             if axis not in mesh.shape:
                 raise ValueError(f"{argument} names {axis!r}, expected an axis of the mesh {tuple(mesh.shape)}")
@@ -256,26 +259,34 @@ def nsa_attention_sharded(
     def local(
         q: jax.Array, k: jax.Array, v: jax.Array, gate_logits: jax.Array, lengths: jax.Array
     ) -> Float[jax.Array, "B T N G D"]:
-        q_offset: Scalar = 0
-        if context_axis is not None:
-            q_offset = jax.lax.axis_index(context_axis) * q.shape[1]
+        starts: Sequence[Scalar] = (0,)
+        if context_axis is not None and striped:
+            starts = stripe_starts(context_axis, q.shape[1] // 2)
+            k, v = (gather_stripes(x, context_axis) for x in (k, v))
+        elif context_axis is not None:
+            starts = (jax.lax.axis_index(context_axis) * q.shape[1],)
             k, v = (jax.lax.all_gather(x, context_axis, axis=1, tiled=True) for x in (k, v))
-        return nsa_attention(
-            q,
-            k,
-            v,
-            gate_logits,
-            block_size=block_size,
-            block_count=block_count,
-            window_size=window_size,
-            gate_temperature=gate_temperature,
-            init_blocks=init_blocks,
-            local_blocks=local_blocks,
-            q_offset=q_offset,
-            lengths=lengths,
-            branches=branches,
-            implementation=implementation,
-        )
+        ranges = zip(*(jnp.split(x, len(starts), axis=1) for x in (q, gate_logits)), starts, strict=True)
+        outputs = [
+            nsa_attention(
+                q,
+                k,
+                v,
+                gate_logits,
+                block_size=block_size,
+                block_count=block_count,
+                window_size=window_size,
+                gate_temperature=gate_temperature,
+                init_blocks=init_blocks,
+                local_blocks=local_blocks,
+                q_offset=start,
+                lengths=lengths,
+                branches=branches,
+                implementation=implementation,
+            )
+            for q, gate_logits, start in ranges
+        ]
+        return jnp.concatenate(outputs, axis=1)
 
     rows = PartitionSpec(data_axes)
     tokens = PartitionSpec(data_axes, context_axis, tensor_axis)

@@ -131,6 +131,7 @@ def a_plan(**changes):
         "chip": chip,
         "parameter_bytes": 2**30,
         "optimizer_bytes": 3 * 2**30,
+        "host_bytes": 0,
         "gradient_bytes": 2**30,
         "batch_bytes": 0,
         "kept_bytes": 2**30,

@@ -27,7 +27,7 @@ def test_eight_devices_compute_what_one_does():
         [sys.executable, str(CHECK)], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.split() == ["data", "context", "tensor", "all", "none"]
+    assert result.stdout.split() == ["data", "context", "tensor", "all", "none", "stripes-8", "stripes-4"]
 
 
 @pytest.fixture

@@ -15,13 +15,21 @@ import numpy as np
 import optax
 from training_fakes import random_batch, tiny_experiment
 
+from videonsa_jax.models import placement
 from videonsa_jax.training import mesh as meshes
 from videonsa_jax.training.config import MeshConfig
 from videonsa_jax.training.step import Sums, accumulate, init_state, make_losses
 
-meshes.MIN_SHARDED_SIZE = 1  # the model is small: shard what can be
+placement.MIN_SHARDED_SIZE = 1  # the model is small: shard what can be
 VOCAB = 48  # like no other size
-MESHES = ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 2}, {"context": 4})
+MESHES = (
+    {"fsdp": 8},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"tensor": 2},
+    {"context": 4},
+    {"context": 8},
+    {"fsdp": 2, "context": 4},
+)
 
 # Two KV heads; logits of a vocabulary of its own, in two chunks of the text.
 experiment = tiny_experiment(loss_chunk=4)
@@ -36,27 +44,29 @@ draw = np.random.default_rng(0)
 params = jax.tree.map(lambda leaf: 0.2 * draw.standard_normal(leaf.shape, np.float32), shapes)
 
 
-def on(sizes: dict[str, int]) -> tuple[Sums, bool, bool]:
+def on(sizes: dict[str, int], attention: str = "nsa") -> tuple[Sums, bool, bool]:
     """The sums over a batch, whether each axis of the mesh splits something, and whether a device has whole logits."""
     devices = jax.devices()[: int(np.prod(list(sizes.values())))]
     mesh = meshes.make_mesh(MeshConfig(**({"data": 1} | sizes)), devices)
     shardings = meshes.state_shardings(params, mesh)
     batch = meshes.place_batch(random_batch(0, 8), mesh)
     placed = jax.device_put(params, shardings)
-    add = jax.jit(functools.partial(accumulate, make_losses(model, train, mesh), train)).lower(placed, None, batch)
+    losses = make_losses(model, dataclasses.replace(train, attention=attention), mesh)
+    add = jax.jit(functools.partial(accumulate, losses, train)).lower(placed, None, batch)
     specs = str([array.sharding.spec for array in jax.tree.leaves((placed, batch))])
     compiled = add.compile()
     logits = re.search(rf"f32\[[0-9]+,[0-9]+,{train.loss_chunk},{VOCAB}\]", compiled.as_text()) is not None
     return jax.device_get(compiled(placed, None, batch)[0]), all(axis in specs for axis in sizes), logits
 
 
-expected, _, _ = on({"data": 1})
+expected_of = {attention: on({"data": 1}, attention)[0] for attention in ("nsa", "dense")}
 results = {}
-for sizes in MESHES:
-    sums, split, logits = on(sizes)
+for sizes, attention in [*((sizes, "nsa") for sizes in MESHES), ({"context": 4}, "dense")]:
+    sums, split, logits = on(sizes, attention)
+    expected = expected_of[attention]
     pairs = zip(jax.tree.leaves(sums.grads), jax.tree.leaves(expected.grads), strict=True)
     distances = [float(jnp.abs(one - other).max() / jnp.maximum(jnp.abs(other).max(), 1e-3)) for one, other in pairs]
-    name = " ".join(f"{axis}={size}" for axis, size in sizes.items())
+    name = " ".join([f"{axis}={size}" for axis, size in sizes.items()] + ["dense"] * (attention == "dense"))
     loss = abs(float(sums.loss / expected.loss) - 1)
     results[name] = {"loss": loss, "gradient": max(distances), "split": split, "whole_logits": logits}
 print(json.dumps(results))

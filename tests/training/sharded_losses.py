@@ -24,10 +24,11 @@ from training_fakes import (
     toy_make_losses,
 )
 
+from videonsa_jax.models import placement
 from videonsa_jax.training import loop, mesh
 from videonsa_jax.training.config import MeshConfig
 
-mesh.MIN_SHARDED_SIZE = 1  # the model is small: shard what can be
+placement.MIN_SHARDED_SIZE = 1  # the model is small: shard what can be
 loop.build_pipeline = lambda *_, split, **__: FakePipeline(split, lambda index: random_batch(index, 8), 8)
 # `sharded_gradients` has the model; here are the loop, the optimiser and where its state lies.
 loop.init_state, loop.make_forward, loop.make_losses = toy_init_state, toy_make_forward, toy_make_losses

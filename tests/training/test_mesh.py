@@ -78,7 +78,7 @@ def test_tensor_splits_heads_the_inside_of_mlps_and_the_vocabulary() -> None:
         },
         "lm_head": {"kernel": PartitionSpec("fsdp", "tensor")},
         "embed_tokens": {"embedding": PartitionSpec("tensor", "fsdp")},
-        "visual": {"blocks": {"mlp": {"up_proj": {"kernel": PartitionSpec(None, None, "fsdp")}}}},
+        "visual": {"blocks": {"mlp": {"up_proj": {"kernel": PartitionSpec(None, "fsdp")}}}},
     }
 
 
@@ -92,7 +92,7 @@ def test_contexts_must_divide_over_the_mesh() -> None:
 def test_fsdp_splits_the_largest_axis_that_divides() -> None:
     mesh = AbstractMesh((1, 8, 1, 1), ("data", "fsdp", "context", "tensor"))
     shapes = {
-        "layers": {"kernel": (6, 512, 1408), "bias": (6, 1408 * 8)},
+        "layers": {"kernel": (6, 512, 1024), "narrow": (6, 512, 1408), "bias": (6, 1408 * 8)},
         "odd": {"kernel": (999, 1024)},
         "small": {"kernel": (16, 16)},
         "indivisible": {"kernel": (1001, 1001)},
@@ -104,12 +104,27 @@ def test_fsdp_splits_the_largest_axis_that_divides() -> None:
     specs = jax.tree.map(lambda sharding: sharding.spec, state_shardings({"mu": state, "params": state}, mesh))
     assert specs["mu"] == specs["params"]
     assert specs["params"] == {
-        "layers": {"kernel": PartitionSpec(None, None, "fsdp"), "bias": PartitionSpec()},
+        # An eighth of 1408 is no multiple of 128.
+        "layers": {
+            "kernel": PartitionSpec(None, None, "fsdp"),
+            "narrow": PartitionSpec(None, "fsdp"),
+            "bias": PartitionSpec(),
+        },
         "odd": {"kernel": PartitionSpec(None, "fsdp")},
         "small": {"kernel": PartitionSpec()},
         "indivisible": {"kernel": PartitionSpec()},
         "step": PartitionSpec(),
     }
+
+
+def test_context_splits_weights_as_well() -> None:
+    mesh = AbstractMesh((1, 4, 2, 1), ("data", "fsdp", "context", "tensor"))
+    state = {
+        "kernel": jax.ShapeDtypeStruct((512, 1024), "float32"),
+        "odd": jax.ShapeDtypeStruct((516, 1023), "float32"),
+    }
+    specs = jax.tree.map(lambda sharding: sharding.spec, state_shardings(state, mesh))
+    assert specs == {"kernel": PartitionSpec(None, ("fsdp", "context")), "odd": PartitionSpec("fsdp")}
 
 
 def test_batches_are_split_along_their_contexts() -> None:

@@ -15,11 +15,12 @@ import jax
 from training_fakes import (
     FakePipeline, random_batch, tiny_experiment, toy_init_state, toy_make_forward, toy_make_losses,
 )
+from videonsa_jax.models import placement
 from videonsa_jax.streams import TrainBatch, slice_batch
-from videonsa_jax.training import loop, mesh, processes
+from videonsa_jax.training import loop, processes
 
 processes.join(None)
-mesh.MIN_SHARDED_SIZE = 1
+placement.MIN_SHARDED_SIZE = 1
 loop.init_state, loop.make_forward, loop.make_losses = toy_init_state, toy_make_forward, toy_make_losses
 
 

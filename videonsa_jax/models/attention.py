@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import merge_by_lse, nsa_attention, nsa_attention_sharded, prefix_attention
+from pallas_kernels.stripes import gather_stripes, stripe_starts, striped_order
 from videonsa_jax.configs import NSAConfig, TextConfig
 from videonsa_jax.models import released, rope
 from videonsa_jax.models.layers import fan_in_init, linear, residual_scale
@@ -62,11 +63,13 @@ class AttentionOptions:
       kind: "nsa" or "dense", for the visual queries.
       implementation: backend, as `pallas_kernels` takes it: None, a name, or a dict per operation.
       mesh: the devices over which arrays are split, or None; with more than one, kernels run inside `shard_map`.
+      striped: the visual stream lies in stripes over the mesh's `context` (`pallas_kernels/stripes.py`).
     """
 
     kind: AttentionKind
     implementation: Implementation = None
     mesh: Mesh | None = None
+    striped: bool = False
 
 
 def visibility(batch: Batch, config: TextConfig) -> Visibility:
@@ -105,25 +108,61 @@ def _prefix(
     visible: Int[Array, "B Q L"],
     key_lengths: Int[Array, "B *R"],
     options: AttentionOptions,
+    *,
+    visual_queries: bool = False,
+    visual_keys: bool = False,
 ) -> tuple[Float[Array, "B Q L N G D"], Float[Array, "B Q L N G"]]:
-    """`prefix_attention`, inside `shard_map` where there are several devices; keys are whole on each context rank."""
+    """`prefix_attention`, inside `shard_map` where there are several devices.
+
+    Of a striped visual stream, each rank of `context` has its own tokens, and all of the text. So visual queries gather
+    visual keys, while text queries attend to each rank's keys and merge what they found.
+    """
 
     def attend(query: Array, key: Array, value: Array, visible: Array, key_lengths: Array) -> tuple[Array, Array]:
         return prefix_attention(query, key, value, visible, key_lengths, implementation=options.implementation)
 
+    def attend_part(query: Array, key: Array, value: Array, visible: Array, key_lengths: Array) -> tuple[Array, Array]:
+        if not (options.striped and visual_keys):
+            return attend(query, key, value, visible, key_lengths)
+        if visual_queries:
+            key, value = (gather_stripes(x, CONTEXT_AXIS) for x in (key, value))
+            return attend(query, key, value, visible, key_lengths)
+        stripes = zip(*(jnp.split(x, 2, axis=1) for x in (key, value)), strict=True)
+        starts = stripe_starts(CONTEXT_AXIS, key.shape[1] // 2)
+        seen = (
+            attend(query, *stripe, *(jnp.maximum(count - start, 0) for count in (visible, key_lengths)))
+            for stripe, start in zip(stripes, starts, strict=True)
+        )
+        return merge_over_ranks(*merge_by_lse(*seen), CONTEXT_AXIS)
+
     mesh, on_mesh = options.mesh, attend
     if mesh is not None and mesh.size > 1:
         data, heads = _data_axes(mesh), _mesh_axis(mesh, TENSOR_AXIS)
-        of_query = PartitionSpec(data, None, None, heads)
-        of_key = PartitionSpec(data, *[None] * (key.ndim - 3), heads)
+        tokens = CONTEXT_AXIS if options.striped else None
+        of_query = PartitionSpec(data, None, tokens if visual_queries else None, heads)
+        of_key = PartitionSpec(data, *[None] * (key.ndim - 4), tokens if visual_keys else None, heads)
         on_mesh = jax.shard_map(
-            attend,
+            attend_part,
             mesh=mesh,
-            in_specs=(of_query, of_key, of_key, PartitionSpec(data), PartitionSpec(data)),
+            in_specs=(of_query, of_key, of_key, PartitionSpec(*of_query[:3]), PartitionSpec(data)),
             out_specs=(of_query, of_query),
             check_vma=False,
         )
     return kept_attention(lambda arrays, places: on_mesh(*arrays, *places), (query, key, value), (visible, key_lengths))
+
+
+def merge_over_ranks(
+    o: Float[Array, "*rows D"], lse: Float[Array, "*rows"], axis: str
+) -> tuple[Float[Array, "*rows D"], Float[Array, "*rows"]]:
+    """Inside `shard_map`: attention over all keys on every rank of `axis`, from that over each rank's part of them.
+
+    As `merge_by_lse`: rows that see no key on any rank give 0 and -1e30.
+    """
+    top = jax.lax.pmax(jax.lax.stop_gradient(lse), axis)
+    weight = jnp.exp(lse - top)
+    total = jax.lax.psum(weight, axis)
+    merged = jax.lax.psum(weight[..., None] * o, axis) / total[..., None]
+    return merged.astype(o.dtype), top + jnp.log(total)
 
 
 class Attention(nnx.Module):
@@ -214,6 +253,7 @@ class Attention(nnx.Module):
                 "mesh": mesh,
                 "data_axes": _data_axes(mesh),
                 "context_axis": _mesh_axis(mesh, CONTEXT_AXIS),
+                "striped": options.striped,
                 "tensor_axis": _mesh_axis(mesh, TENSOR_AXIS),
             }
         heads = kept_attention(
@@ -235,8 +275,11 @@ class Attention(nnx.Module):
         text_kv = tuple(x[:, :1] for x in text_kv)
         query = query[:, None]
         past = _keys_up_to(query.shape[:3], places.visual_offset)
-        visual = _prefix(query, *visual_kv, past, places.visual_lengths, options)
-        text = _prefix(query, *text_kv, places.visible_text[:, None], places.text_lengths[:, :1], options)
+        if options.striped:
+            past = past[:, :, striped_order(query.shape[2], options.mesh.shape[CONTEXT_AXIS])]
+        lengths, visible_text = places.text_lengths[:, :1], places.visible_text[:, None]
+        visual = _prefix(query, *visual_kv, past, places.visual_lengths, options, visual_queries=True, visual_keys=True)
+        text = _prefix(query, *text_kv, visible_text, lengths, options, visual_queries=True)
         return merge_by_lse(visual, text)[0][:, 0]
 
     def attend_text(
@@ -250,7 +293,7 @@ class Attention(nnx.Module):
         """The text stream's attention: dense over the visual and own text keys before each token."""
         query = self.queries(x, places.text_tables)
         past = _keys_up_to(query.shape[:3], places.text_offsets)
-        visual = _prefix(query, *visual_kv, places.visible_visual, places.visual_lengths, options)
+        visual = _prefix(query, *visual_kv, places.visible_visual, places.visual_lengths, options, visual_keys=True)
         text = _prefix(query, *text_kv, past, places.text_lengths, options)
         return self.output(merge_by_lse(visual, text)[0])
 

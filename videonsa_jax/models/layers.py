@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from videonsa_jax.models.placement import split_by_context
+from videonsa_jax.models.placement import Rows, split_product
 from videonsa_jax.models.remat import checkpointed, weight_product
 
 UNROLLED_LAYERS = 4
@@ -36,18 +36,36 @@ def residual_scale(num_layers: int) -> float:
 
 
 def _dot_general(
-    x: Float[Array, "*L in"], kernel: Float[Array, "in out"], dimensions: jax.lax.DotDimensionNumbers, **options: Any
-) -> Float[Array, "*L out"]:
-    """`lax.dot_general` as `nnx.Linear` calls it."""
+    x: Float[Array, "*L features"],
+    kernel: Float[Array, "in out"],
+    dimensions: jax.lax.DotDimensionNumbers,
+    *,
+    rows: Rows,
+    fill: tuple[int, int] = (0, 0),
+    **options: Any,
+) -> Float[Array, "..."]:
+    """`lax.dot_general` as `nnx.Linear` calls it; `fill` says how many inputs and outputs of weights 0 are added."""
+
+    def padded(kernel: Array) -> Array:
+        return jnp.pad(kernel, [(0, more) for more in fill]) if any(fill) else kernel
 
     def rows_flattened(x: Array, kernel: Array) -> Array:
-        rows = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
-        return rows.reshape(*x.shape[:-1], kernel.shape[-1])
+        flat = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), padded(kernel), (((1,), (0,)), ((), ())), **options)
+        return flat.reshape(*x.shape[:-1], flat.shape[-1])
 
-    # The kernel's gradient sums over all leading axes. Where there are several, XLA's CPU backend first copies both
-    # operands. Elsewhere, flattening gains nothing and merges axes that may be split over devices.
-    plain = functools.partial(jax.lax.dot_general, dimension_numbers=dimensions, **options)
-    return weight_product(split_by_context(jax.lax.platform_dependent(x, kernel, cpu=rows_flattened, default=plain)))
+    def plain(x: Array, kernel: Array) -> Array:
+        return jax.lax.dot_general(x, padded(kernel), dimensions, **options)
+
+    def product(x: Array, kernel: Array) -> Array:
+        # The kernel's gradient sums over all leading axes. Where there are several, XLA's CPU backend first copies both
+        # operands; elsewhere flattening gains nothing.
+        return jax.lax.platform_dependent(x, kernel, cpu=rows_flattened, default=plain)
+
+    return weight_product(split_product(product, x, kernel, rows))
+
+
+# Made once: two models are alike to JAX only if their functions are the same.
+_PRODUCTS = {rows: functools.partial(_dot_general, rows=rows) for rows in ("tokens", "frames")}
 
 
 def linear(
@@ -59,6 +77,7 @@ def linear(
     dtype: DTypeLike,
     param_dtype: DTypeLike,
     kernel_init: nnx.Initializer | None = None,
+    rows: Rows = "tokens",
 ) -> nnx.Linear:
     """A linear map `[..., in] -> [..., out]`, computed in `dtype`; kernel `[in, out]`, fan-in scaled unless told."""
     return nnx.Linear(
@@ -68,7 +87,7 @@ def linear(
         kernel_init=fan_in_init() if kernel_init is None else kernel_init,
         dtype=dtype,
         param_dtype=param_dtype,
-        dot_general=_dot_general,
+        dot_general=_PRODUCTS[rows],
         rngs=rngs,
     )
 
@@ -77,8 +96,8 @@ def _padded(layer: nnx.Linear, x: Float[Array, "*L in"], *, rows: int = 0, colum
     """`layer(x)` with that many more inputs or outputs, all of whose weights are 0."""
     if rows == columns == 0:
         return layer(x)
-    kernel = jnp.pad(layer.kernel[...].astype(layer.dtype), [(0, rows), (0, columns)])
-    y = _dot_general(x.astype(layer.dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    x, kernel = x.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)
+    y = layer.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), fill=(rows, columns))
     return y if layer.bias is None else y + jnp.pad(layer.bias[...].astype(layer.dtype), (0, columns))
 
 
@@ -110,8 +129,9 @@ class GatedMLP(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
+        rows: Rows = "tokens",
     ):
-        options = {"use_bias": use_bias, "rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        options = {"use_bias": use_bias, "rngs": rngs, "dtype": dtype, "param_dtype": param_dtype, "rows": rows}
         self.gate_proj = linear(hidden, intermediate, **options)
         self.up_proj = linear(hidden, intermediate, **options)
         self.down_proj = linear(intermediate, hidden, kernel_init=fan_in_init(residual_scale(num_layers)), **options)

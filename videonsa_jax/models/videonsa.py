@@ -1,20 +1,23 @@
 """The whole model: vision tower, decoder on two streams, logits where text is."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from pallas_kernels.stripes import striped_order
 from videonsa_jax.configs import ModelConfig
 from videonsa_jax.models.attention import AttentionKind, AttentionOptions, Implementation, visibility
 from videonsa_jax.models.cache import KVCache, Piece, extend
 from videonsa_jax.models.decoder import Decoder
 from videonsa_jax.models.layers import RMSNorm, linear
-from videonsa_jax.models.placement import on_mesh, split_by_context
+from videonsa_jax.models.placement import CONTEXT_AXIS, by_frame, on_mesh, split_rows, take_tokens
 from videonsa_jax.models.vision import VisionTower
 from videonsa_jax.streams import Batch, register_pytree
 
@@ -109,7 +112,8 @@ class VideoNSA(nnx.Module):
             dense in both.
           implementation: backend of the attention operations: None (the best for the device), a name, or a dict per
             operation.
-          mesh: the devices over which the batch is split; None or one device: no collectives.
+          mesh: the devices over which the batch is split; None or one device: no collectives. Over `context`, the
+            visual stream lies in stripes (`pallas_kernels/stripes.py`) from here to the last layer.
           return_visual: also compute the visual half of the last layer, which nothing else reads.
           rows_share_prefix: the rows of a context are the same up to their last visual token. Dense attention, in which
             visual tokens see the text before them, then takes Q > 1 too, exactly.
@@ -120,18 +124,35 @@ class VideoNSA(nnx.Module):
 
         Raises:
           ValueError: `attention` is unknown, is "nsa" on a model without gates, or is "dense" with Q > 1 rows
-            that are not said to share their prefix, or the model's dialect is "released" with Q > 1.
+            that are not said to share their prefix, or the model's dialect is "released" with Q > 1; or Lv does not
+            divide into two stripes for each rank of `context`.
         """
         kind = self.attention_kind(attention, batch.text_tokens.shape[1], rows_share_prefix)
         batch = jax.tree.map(jnp.asarray, batch)
-        options = AttentionOptions(kind, implementation, mesh)
+        order = self._stripes(kind, batch.visual_source.shape[1], mesh)
+        options = AttentionOptions(kind, implementation, mesh, striped=order is not None)
         with on_mesh(mesh):
+            if order is not None:
+                batch = dataclasses.replace(
+                    batch,
+                    visual_source=batch.visual_source[:, order],
+                    visual_positions=batch.visual_positions[:, :, order],
+                    visible_text=batch.visible_text[:, order],
+                )
             # The default gather clamps: a padding id outside the vocabulary cannot become NaN.
             text = self.embed_tokens.embedding[...][batch.text_tokens].astype(self.dtype)
-            hidden = (self.embed_visual(batch), split_by_context(text))
+            hidden = (self.embed_visual(batch), split_rows(text, "tokens"))
             places = visibility(batch, self.config.text)
             visual, text = self.decoder(hidden, places, options, update_visual=return_visual)
+            if return_visual and order is not None:
+                visual = visual[:, np.argsort(order)]
         return self.norm(text), self.norm(visual) if return_visual else None
+
+    def _stripes(self, kind: AttentionKind, tokens: int, mesh: Mesh | None) -> Int[np.ndarray, "Lv"] | None:
+        ranks = 1 if mesh is None else mesh.shape.get(CONTEXT_AXIS, 1)
+        # The dialect "released" merges the streams in sequence order.
+        is_released = kind == "nsa" and self.config.nsa.dialect == "released"
+        return None if ranks == 1 or is_released else striped_order(tokens, ranks)
 
     def extend(
         self,
@@ -166,10 +187,8 @@ class VideoNSA(nnx.Module):
         tokens = batch.visual_source.shape[1]
         if contexts * frames * patches * tokens == 0:
             return jnp.zeros((contexts, tokens, self.config.text.hidden_size), self.dtype)
-        by_frame = jnp.asarray(batch.patches).reshape(contexts * frames, patches, self.config.vision.patch_dim)
-        merged = self.visual(by_frame, jnp.asarray(batch.frame_grids).reshape(contexts * frames, 2))
-        merged = merged.reshape(contexts, frames * merged.shape[1], merged.shape[2])
-        return jnp.take_along_axis(merged, jnp.asarray(batch.visual_source)[..., None], axis=1, mode="clip")
+        merged = self.visual(by_frame(jnp.asarray(batch.patches)), by_frame(jnp.asarray(batch.frame_grids)))
+        return take_tokens(merged, jnp.asarray(batch.visual_source))
 
     def logits(self, hidden: Float[Array, "*L hidden"]) -> Float[Array, "*L V"]:
         """Projects hidden states to the vocabulary; products in the model's dtype, accumulated to float32."""

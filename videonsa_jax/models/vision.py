@@ -71,7 +71,7 @@ class VisionAttention(nnx.Module):
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
         hidden = config.hidden_size
-        options = {"use_bias": True, "rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        options = {"use_bias": True, "rngs": rngs, "dtype": dtype, "param_dtype": param_dtype, "rows": "frames"}
         self.qkv = linear(hidden, 3 * hidden, **options)
         self.proj = linear(hidden, hidden, kernel_init=fan_in_init(residual_scale(config.depth)), **options)
         self.num_heads = config.num_heads
@@ -109,7 +109,12 @@ class VisionBlock(nnx.Module):
         self.norm2 = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype)
         self.attn = VisionAttention(config, **options)
         self.mlp = GatedMLP(
-            config.hidden_size, config.intermediate_size, use_bias=True, num_layers=config.depth, **options
+            config.hidden_size,
+            config.intermediate_size,
+            use_bias=True,
+            num_layers=config.depth,
+            rows="frames",
+            **options,
         )
 
     def __call__(
@@ -129,7 +134,13 @@ class PatchEmbed(nnx.Module):
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
         self.proj = linear(
-            config.patch_dim, config.hidden_size, use_bias=False, rngs=rngs, dtype=dtype, param_dtype=param_dtype
+            config.patch_dim,
+            config.hidden_size,
+            use_bias=False,
+            rngs=rngs,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rows="frames",
         )
 
     def __call__(self, patches: Float[Array, "*L patch_dim"]) -> Float[Array, "*L hidden"]:
@@ -145,7 +156,7 @@ class PatchMerger(nnx.Module):
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
         joined = config.hidden_size * config.spatial_merge_size**2
-        options = {"use_bias": True, "rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        options = {"use_bias": True, "rngs": rngs, "dtype": dtype, "param_dtype": param_dtype, "rows": "frames"}
         self.ln_q = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype)
         self.mlp_0 = linear(joined, joined, **options)
         self.mlp_2 = linear(joined, config.out_hidden_size, **options)

@@ -1,5 +1,6 @@
 """Devices as a mesh, and which array axis lies along which mesh axis."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from videonsa_jax.models import placement
 from videonsa_jax.streams import BATCH_AXIS_SECOND
 from videonsa_jax.training.config import MeshConfig
 
@@ -15,12 +17,10 @@ AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
 HOST_MEMORY = "pinned_host"
 
-MIN_SHARDED_SIZE = 2**14  # smaller arrays are replicated: gathering them costs more than holding them
-
 type Rule = tuple[str, int | Literal["fsdp", "replicated"]]
 
-# The first rule whose pattern is found in an array's path decides. A number is the axis split over `tensor`; over
-# `fsdp` goes, there and where a rule says so alone, the largest of the other axes that divides.
+# The first rule whose pattern is found in an array's path decides. A number is the axis split over `tensor`; there, and
+# where a rule says so alone, another axis is split over `fsdp` and `context` (`placement.weight_split`).
 RULES: tuple[Rule, ...] = (
     (r"(^|/)(step|count|bias|scale)$", "replicated"),
     # Columns, then rows: one sum over `tensor` for each pair. Heads lie KV head by KV head, so a part has whole groups.
@@ -34,6 +34,7 @@ RULES: tuple[Rule, ...] = (
 
 # Axis of a batch's arrays that is split over `context`: frames, and tokens of the visual stream.
 CONTEXT_AXES = {"patches": 1, "frame_grids": 1, "visual_source": 1, "visual_positions": 2, "visible_text": 1}
+FRAME_FIELDS = ("patches", "frame_grids")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -75,15 +76,15 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 def _spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Sequence[Rule]) -> PartitionSpec:
     rule = next(rule for pattern, rule in rules if re.search(pattern, path))
-    if rule == "replicated" or np.prod(shape) < MIN_SHARDED_SIZE:
+    if rule == "replicated" or math.prod(shape) < placement.MIN_SHARDED_SIZE:
         return PartitionSpec()
-    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-    names: list[str | None] = [None] * len(shape)
-    if rule != "fsdp" and tensor > 1 and shape[rule] % tensor == 0:
-        names[rule] = "tensor"
-    divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0 and names[axis] is None]
-    if divisible:
-        names[max(divisible, key=lambda axis: shape[axis])] = "fsdp"
+    names: list[str | tuple[str, ...] | None] = [None] * len(shape)
+    taken = ()
+    if rule != "fsdp" and mesh.shape["tensor"] > 1 and shape[rule] % mesh.shape["tensor"] == 0:
+        names[rule], taken = "tensor", (rule % len(shape),)
+    if split := placement.weight_split(shape, mesh, taken):
+        axis, over = split
+        names[axis] = over[0] if len(over) == 1 else over or None
     while names and names[-1] is None:
         names.pop()
     return PartitionSpec(*names)
@@ -139,11 +140,21 @@ def batch_sharding(field: str, mesh: Mesh) -> NamedSharding:
 
 
 def place_batch[AnyBatch](batch: AnyBatch, mesh: Mesh) -> AnyBatch:
-    """Puts this process' rows of a batch on its devices, as parts of the global batch."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, array: jax.make_array_from_process_local_data(batch_sharding(path_name(path[-1:]), mesh), array),
-        batch,
-    )
+    """Puts this process' rows of a batch on its devices, as parts of the global batch.
+
+    Frames and visual tokens are padded to whole parts of `context`, tokens to two stripes each.
+    """
+
+    def place(path: tuple[Any, ...], array: np.ndarray) -> jax.Array:
+        field = path_name(path[-1:])
+        if mesh.shape["context"] > 1 and field in CONTEXT_AXES:
+            parts = mesh.shape["context"] * (1 if field in FRAME_FIELDS else 2)
+            missing = -array.shape[CONTEXT_AXES[field]] % parts
+            if missing:
+                array = np.pad(array, [(0, missing * (axis == CONTEXT_AXES[field])) for axis in range(array.ndim)])
+        return jax.make_array_from_process_local_data(batch_sharding(field, mesh), array)
+
+    return jax.tree_util.tree_map_with_path(place, batch)
 
 
 def check_batch_size(contexts_per_batch: int, mesh: Mesh | AbstractMesh) -> None:
