@@ -2,9 +2,9 @@
 
     python -m benchmarks.order_implementations benchmarks/results/h100_kernels_2026-11-23.json
 
-Per operation, implementations are ordered by the geometric mean of their times over the lengths and passes at which all
-of them were timed; one that was not timed wherever the others were comes after those that were, in the order it had.
-The table (pallas_kernels/measured_order.json) keeps what it holds of other devices.
+Those that were timed in most cases (length, pass, choice) come first, then the others; within each, by the geometric mean
+of their times over those of one that has most cases, in the cases that both have. The table
+(pallas_kernels/measured_order.json) keeps what it holds of other devices.
 """
 
 import argparse
@@ -40,11 +40,14 @@ def order(records: Sequence[dict[str, Any]], operation: str) -> list[str]:
             times.setdefault(record["implementation"], {})[case] = record["median_ms"]
     if not times:
         return []
-    most = max(len(cases) for cases in times.values())
-    complete = {name: cases for name, cases in times.items() if len(cases) == most}
-    shared = set.intersection(*(set(cases) for cases in complete.values()))
-    mean = {name: sum(math.log(cases[case]) for case in shared) for name, cases in complete.items()}
-    return [*sorted(mean, key=lambda name: mean[name]), *(name for name in NAMES if name in times.keys() - mean.keys())]
+    most = max(times.values(), key=len)
+
+    def place(name: str) -> tuple[bool, float]:
+        shared = times[name].keys() & most.keys()
+        ratios = [math.log(times[name][case] / most[case]) for case in shared]
+        return len(times[name]) < len(most), math.fsum(ratios) / len(ratios) if ratios else math.inf
+
+    return sorted(times, key=place)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -84,7 +84,7 @@ def test_window_of_ragged_rows_and_later_queries_without_races():
 
 
 def test_thread_blocks_pass_many_tiles_that_see_nothing():
-    """Nothing to see for 6 items of work before, 6 between and 3 behind what there is, of one thread block each kernel."""
+    """One thread block: 6 items of work with nothing to see, then some with keys, 3 with none, some again."""
     batch, queries, group, size = 5, 192, 2, 64
     lengths = (0, 0, 190, 0, 20)
     rows = (batch, queries, 1, group, size)
