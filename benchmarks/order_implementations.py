@@ -2,8 +2,8 @@
 
     python -m benchmarks.order_implementations benchmarks/results/h100_kernels_2026-11-23.json
 
-Those that were timed in most cases (length, pass, choice) come first, then the others; within each, by the geometric mean
-of their times over those of one that has most cases, in the cases that both have. The table
+Those that were timed in most cases (length, pass, choice) come first, then the others; within each, by the geometric
+mean of their times over those of one that has most cases, in the cases that both have. The table
 (pallas_kernels/measured_order.json) keeps what it holds of other devices.
 """
 
