@@ -31,7 +31,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "selected": ("--ops=selected_attention", "--implementations=mosaic_gpu,triton,triton_token_major"),
     "xla": (
-        "--ops=nsa_attention,compressed_attention,block_selection,selected_attention,window_attention",
+        "--ops=nsa_attention,selected_attention",
         "--implementations=xla",
         "--drawn-only",
     ),
