@@ -49,6 +49,17 @@ def test_streams_stay_where_they_are() -> None:
     assert sorted(size for _, _, size in exchanged if size >= of_keys) == [of_keys, of_keys, of_frames, of_frames]
 
 
+def test_the_output_projections_gradient_crosses_devices_once() -> None:
+    of_meshes = json.loads(run_script("sharded_targets.py"))
+    assert len(of_meshes) == 4
+    for name, read in of_meshes.items():
+        # 1e-6 of the largest entry: sums of float32 numbers in another order.
+        assert max(read["distances"]) < 1e-6, (name, read["distances"])
+        large = [one for one in read["exchanged"] if one["bytes"] >= read["weights"] // 4]
+        assert {one["runs"] for one in large} == {1}, (name, large)
+        assert sum(one["bytes"] for one in large if one["kind"] != "all-gather") <= read["weights"], (name, large)
+
+
 def run_script(name: str, *arguments: str) -> str:
     environment = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}:{HERE}", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", HERE / name, *arguments]

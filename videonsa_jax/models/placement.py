@@ -7,6 +7,7 @@ activations, which are larger, or turns the product into a ring of narrow ones.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Collection
 from typing import Literal
@@ -14,7 +15,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int, Shaped
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int, Shaped
 
 DATA_AXES = ("data", "fsdp")  # mesh axes over which contexts (B) are split
 CONTEXT_AXIS, TENSOR_AXIS = "context", "tensor"
@@ -94,6 +96,74 @@ def split_product(
         return product(x, kernel)
 
     return _on_each(mesh, on_own_rows, [split, PartitionSpec(*[None] * axis, names)], split)(x, kernel)
+
+
+def split_targets[Results](
+    function: Callable[[Array, Array, Array], Results],
+    hidden: Float[Array, "B Q Lt hidden"],
+    kernel: Float[Array, "hidden V"],
+    targets: Int[Array, "B Q Lt"],
+) -> Results:
+    """`function(hidden, kernel, targets)`, by each device for its own tokens of the text.
+
+    The kernel is gathered once, in the dtype of the hidden states, and comes as float32; its gradient is summed over
+    devices in float32, once. The partitioner arranges products with a vocabulary that is split over `tensor`.
+
+    Args:
+      function: its results are of single tokens, [B, Q, Lt] each.
+      hidden: hidden states.
+      kernel: weights of the output projection.
+      targets: of each token.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    split = _rows_split(hidden, "tokens", mesh)
+    if split is None:
+        return function(hidden, kernel, targets)
+    parts = _size(mesh, (TENSOR_AXIS,))
+    is_split = parts > 1 and kernel.shape[1] % parts == 0
+    vocabulary = TENSOR_AXIS if is_split else None
+    axis, names = weight_split(kernel.shape, mesh, (1,) if is_split else ()) or (0, ())
+    of_kernel = PartitionSpec(names, vocabulary) if axis == 0 else PartitionSpec(None, names)
+
+    def own_copy(kernel: Array) -> Array:
+        return _gathered(axis, names, hidden.dtype, kernel)[None]
+
+    def on_own_rows(hidden: Array, copies: Array, targets: Array) -> Results:
+        return function(hidden, copies[0], targets)
+
+    # Apart, because what is gathered by hand would be gathered over `tensor` too where that is the partitioner's.
+    own = PartitionSpec(_present(mesh, FRAME_AXES))
+    copies = _on_each(mesh, own_copy, [of_kernel], PartitionSpec(*own, None, vocabulary))(kernel.astype(jnp.float32))
+    return jax.shard_map(
+        on_own_rows,
+        mesh=mesh,
+        in_specs=(split, own, split),
+        out_specs=split,
+        axis_names=set(_present(mesh, FRAME_AXES)),
+        check_vma=False,
+    )(hidden, copies, targets)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gathered(axis: int, names: tuple[str, ...], dtype: DTypeLike, kernel: Float32[Array, "in out"]) -> Array:
+    """The whole kernel, rounded to a dtype; float32 all the same, since a gradient has the dtype of its array."""
+    kernel = kernel.astype(dtype)
+    for name in reversed(names):
+        kernel = jax.lax.all_gather(kernel, name, axis=axis, tiled=True)
+    return kernel.astype(jnp.float32)
+
+
+def _gathered_forward(axis: int, names: tuple[str, ...], dtype: DTypeLike, kernel: Array) -> tuple[Array, None]:
+    return _gathered(axis, names, dtype, kernel), None
+
+
+def _gathered_backward(axis: int, names: tuple[str, ...], dtype: DTypeLike, _: None, gradient: Array) -> tuple[Array]:
+    for name in names:
+        gradient = jax.lax.psum_scatter(gradient, name, scatter_dimension=axis, tiled=True)
+    return (gradient,)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def split_rows(x: Shaped[Array, "*L features"], rows: Rows) -> Shaped[Array, "*L features"]:

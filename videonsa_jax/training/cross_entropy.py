@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from videonsa_jax.models.placement import split_targets
+
 
 def token_losses(
     hidden: Float[Array, "B Q Lt hidden"],
@@ -21,18 +23,23 @@ def token_losses(
 ) -> tuple[Float32[Array, "B Q Lt"], Bool[Array, "B Q Lt"]]:
     """The cross-entropy of each token's target under softmax(hidden @ weights).
 
-    Differentiable in `hidden` and `weights`. The vocabulary may be split over devices: sums and maxima over it are all
-    that crosses them.
+    Differentiable in `hidden` and `weights`. On a mesh (`placement.on_mesh`) every device has its own tokens, and sums
+    their share of the weights' gradient before any of it is exchanged. The vocabulary may be split over `tensor`: sums
+    and maxima over it are all that crosses it.
 
     Args:
       hidden: hidden states; matrix products are in their dtype, accumulated in float32.
       weights: of the output projection, in any dtype; their gradient is accumulated in float32.
       targets: token ids below V.
-      chunk: positions of each row whose logits exist at a time; 0: all.
+      chunk: positions of each row whose logits exist at a time, of those that a device has; 0: all.
 
     Returns:
       The losses, and whether no logit is larger than the target's.
     """
+    return split_targets(functools.partial(_own_losses, chunk), hidden, weights, targets)
+
+
+def _own_losses(chunk: int, hidden: Array, weights: Array, targets: Array) -> tuple[Array, Array]:
     if chunk == 0 or targets.shape[-1] <= chunk:
         # A single chunk's logits are alive between the passes' last and first step alone: nothing is gained by
         # computing them again.

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from videonsa_jax.configs import ModelConfig
 from videonsa_jax.data.examples import EvalBatch
 from videonsa_jax.models import VideoNSA
+from videonsa_jax.models.placement import on_mesh
 from videonsa_jax.streams import ArrayLike, Batch, TrainBatch, register_pytree
 from videonsa_jax.training.config import TrainConfig
 from videonsa_jax.training.cross_entropy import token_losses
@@ -156,7 +157,8 @@ def make_losses(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> Losses:
 
     def losses(params: Params, batch: TrainBatch) -> tuple[Float[Array, "B Q Lt"], Bool[Array, "B Q Lt"]]:
         network, hidden = text_hidden(params, batch.inputs)
-        return token_losses(hidden, network.output_weights(), jnp.asarray(batch.targets), chunk=train.loss_chunk)
+        with on_mesh(mesh):
+            return token_losses(hidden, network.output_weights(), jnp.asarray(batch.targets), chunk=train.loss_chunk)
 
     return losses
 
