@@ -7,8 +7,8 @@
 Layers have the 7B's widths, but there are few of them and few words; a video has 32 grid steps of 12 x 20 patches
 (1,920 visual tokens). A mesh lays both devices along one axis. The truth is float32 on one device, by plain XLA, of
 weights that are rounded to bfloat16. A mesh in float32 must agree with it to the rounding of sums in another order; a
-mesh in bfloat16, with the device's kernels, must come as near to it as one device in bfloat16 does. A leaf's distance is the
-norm of the difference over the truth's norm.
+mesh in bfloat16, with the device's kernels, must come as near to it as one device in bfloat16 does. A leaf's distance
+is the norm of the difference over the truth's norm.
 """
 
 import argparse
