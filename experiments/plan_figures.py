@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from experiments.program_reading import Reading, read_program
 from pallas_kernels import tpu
+from videonsa_jax.training.compiling import compile_program
 
 GIB = 2**30
 
@@ -64,7 +66,8 @@ class Program:
       needed_bytes: device memory that the compiler wanted in all, where it refused.
       compute_seconds: the compiler's cycles over the clock, with Pallas kernels at the larger of their stated FLOPs
         over the peak and their stated bytes over the bandwidth; None without a model of the device.
-      collectives: by kind, how many exchanges a run makes and the bytes that a device receives in them.
+      collectives: by kind, how many exchanges a run makes, the bytes that a device receives in them, and in those of
+        them that other operations may run beside.
       uncounted: operations for which the compiler states no cycles, taken at bytes over bandwidth.
     """
 
@@ -84,15 +87,16 @@ class Program:
 _UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40, "": 1}
 
 
-def program_of(lower: Callable[[], Any], chip: Chip) -> Program:
-    """Compiles a program and reads what the compiler says of it.
+def program_of(lower: Callable[[], Any], chip: Chip, mesh: Mesh) -> Program:
+    """Compiles a program as the loop does and reads what the compiler says of it.
 
     Args:
       lower: gives the lowered program.
       chip: what it is for.
+      mesh: the devices.
     """
     try:
-        compiled = lower().compile()
+        compiled = compile_program(lower(), mesh)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -131,9 +135,10 @@ def compute_seconds(reading: Reading, chip: Chip) -> tuple[float, int]:
 def _by_kind(reading: Reading) -> dict[str, dict[str, int]]:
     kinds: dict[str, dict[str, int]] = {}
     for one in reading.collectives:
-        seen = kinds.setdefault(one.kind, {"runs": 0, "bytes": 0})
+        seen = kinds.setdefault(one.kind, {"runs": 0, "bytes": 0, "asynchronous_bytes": 0})
         seen["runs"] += one.runs
         seen["bytes"] += one.runs * one.bytes
+        seen["asynchronous_bytes"] += one.runs * one.bytes * one.asynchronous
     return kinds
 
 
@@ -269,7 +274,10 @@ def shown(plan: Plan) -> str:
     ]
     for name, program in plan.programs.items():
         for kind, one in program.collectives.items():
-            lines.append(f"{name}: {one['runs']:5} {kind}, {one['bytes'] / GIB:.2f} GiB received a run")
+            received, beside = one["bytes"] / GIB, one["asynchronous_bytes"] / GIB
+            lines.append(
+                f"{name}: {one['runs']:5} {kind}, {received:.2f} GiB received a run, {beside:.2f} asynchronously"
+            )
     if plan.step_flops is not None:
         lines.append(f"FLOPs of a step: {plan.step_flops:.3e}")
     if plan.compute_seconds is not None and plan.exchange_seconds is not None:

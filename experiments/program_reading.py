@@ -43,11 +43,13 @@ class Collective:
       kind: one of `COLLECTIVES`.
       runs: how often the program runs it.
       bytes: that one device receives in one run.
+      asynchronous: other operations may run between its start and its end.
     """
 
     kind: str
     runs: int
     bytes: int
+    asynchronous: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +96,11 @@ def read_program(text: str, *, one_branch: bool = False) -> Reading:
             if kind in _FREE:
                 continue
             exchanged = dict(_collectives(bodies, computation, name, rest, kind, runs))
-            found.exchanges.update(exchanged)
-            if kind.endswith("-done"):
+            starts = kind.endswith("-start") or name.startswith("async-collective-start")
+            for key, one in exchanged.items():
+                earlier = found.exchanges.get(key, one)
+                found.exchanges[key] = dataclasses.replace(one, asynchronous=starts or earlier.asynchronous)
+            if kind.endswith("-done") or kind == "call-update":
                 continue
             if kind == "while":
                 found.add(visit(re.search(r"body=%?([^,\s]+)", rest)[1], runs * _trip_count(bodies, name, rest)))
@@ -188,7 +193,9 @@ def _collectives(
     bodies: dict[str, list[tuple[str, str]]], computation: str, name: str, rest: str, kind: str, runs: int
 ) -> Iterator[tuple[str, Collective]]:
     """Of one instruction, with a key that the parts of an asynchronous exchange (start, fusions, done) share."""
-    called = re.search(r"calls=%?([^,\s]+)", rest) if kind == "fusion" else None
+    # What a SparseCore exchanges is a computation that is called asynchronously.
+    attribute = {"fusion": "calls", "call-start": "to_apply"}.get(kind)
+    called = re.search(rf"{attribute}=%?([^,\s]+)", rest) if attribute else None
     if called:
         scatters = "reduce-scatter" in called[1]
         for inner, inner_rest in bodies.get(called[1], ()):

@@ -76,6 +76,25 @@ def test_a_program_is_read_with_its_loops_and_exchanges():
     assert not next(operation for operation in reading.operations if operation.name == "copy.1").exchanges
 
 
+def test_what_a_sparse_core_exchanges_is_read_once():
+    offloaded = """\
+%called (p: bf16[512,2048]) -> bf16[2048,2048] {
+  %p = bf16[512,2048]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[2048,2048]{1,0} all-gather(%p), channel_id=3, replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (a: bf16[512,2048]) -> bf16[2048,2048] {
+  %a = bf16[512,2048]{1,0} parameter(0)
+  %start = ((), (), s32[]{:S(2)}) call-start(), async_execution_thread="sparsecore", to_apply=%called
+  %update = ((bf16[512,2048]{1,0}), bf16[2048,2048]{1,0}) call-update(%start, %a)
+  ROOT %done = bf16[2048,2048]{1,0} call-done(%update)
+}
+"""
+    reading = read_program(offloaded)
+    assert reading.collectives == (Collective("all-gather", 1, 2048 * 2048 * 2 * 3 // 4, asynchronous=True),)
+    assert [(one.name, one.exchanges) for one in reading.operations] == [("start", True)]
+
+
 def test_time_is_cycles_over_the_clock_and_stated_costs_of_kernels():
     chip = Chip("a chip", 1e9, flops_per_second=1e6, clock_hz=1e6, hbm_bytes_per_second=1e9, link_bytes_per_second=1e9)
     seconds, uncounted = plan_figures.compute_seconds(read_program(SCHEDULED), chip)
@@ -115,7 +134,10 @@ def a_plan(**changes):
     gradient = Program(
         temporary_bytes=6 * 2**30,
         compute_seconds=1.0,
-        collectives={"all-gather": {"runs": 6, "bytes": 10**9}, "all-reduce": {"runs": 1, "bytes": 10**9}},
+        collectives={
+            "all-gather": {"runs": 6, "bytes": 10**9, "asynchronous_bytes": 10**9},
+            "all-reduce": {"runs": 1, "bytes": 10**9, "asynchronous_bytes": 0},
+        },
     )
     update = Program(temporary_bytes=2**30, compute_seconds=0.5)
     chip = Chip("v5e", 16e9, 200e12, 1.5e9, 800e9, 8e9)

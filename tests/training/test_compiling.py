@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from jax.stages import Compiled, Lowered
 
 from videonsa_jax.training import compiling
@@ -74,6 +75,16 @@ def test_several_gpus_never_run_a_mixed_sum(text: str, monkeypatch: pytest.Monke
         assert compiling.compile_program(lowered, make_mesh(MeshConfig())) is program
     options = lowered.compile.call_args.kwargs["compiler_options"]
     assert "all-reduce-reassociate" in options["xla_disable_hlo_passes"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "devices", "offloads"),
+    [("TPU v6 lite", 4, True), ("TPU v5", 4, True), ("TPU v5 lite", 4, False), ("TPU v6 lite", 1, False)],
+)
+def test_sparse_cores_exchange_where_there_are_any(kind: str, devices: int, offloads: bool) -> None:
+    mesh = Mock(spec=Mesh, size=devices, devices=np.array([Mock(platform="tpu", device_kind=kind)] * devices))
+    options = compiling.compiler_options(mesh)
+    assert ("xla_tpu_enable_sparse_core_collective_offload_all_gather" in options) == offloads
 
 
 @pytest.mark.gpu_aot

@@ -16,6 +16,16 @@ from jax.stages import Compiled, Lowered
 # gradients of norms, where a batch has one question a video.
 _PASSES_THAT_MIX_TYPES = "all-reduce-reassociate,reduce-scatter-reassociate"
 
+# SparseCores gather and reduce-scatter while the TensorCore computes, if told so, where the devices that exchange lie
+# along one axis of the torus. v5e has none: there gathers are steps of fused products, without being told.
+_WITH_SPARSE_CORES = ("TPU v5", "TPU v5p", "TPU v6 lite")
+_EXCHANGES_ON_SPARSE_CORES = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+    "xla_tpu_use_tc_device_shape_on_sc": True,
+    "xla_sc_disable_megacore_partitioning": True,
+}
+
 _REDUCTION = re.compile(r"%(\S+) = (.*?) (?:all-reduce|reduce-scatter)(?:-start)?\(.*to_apply=%([^,\s]+)")
 _SCALAR_FUNCTION = re.compile(r"%(\S+) \(.*\) -> (\w+)\[\] \{$")
 _ARRAY_TYPE = re.compile(r"\b([a-z]+\d*)\[")
@@ -72,15 +82,24 @@ def compile_program(lowered: Lowered, mesh: Mesh) -> Compiled:
     Raises:
       RuntimeError: several GPUs would add arrays of one data type as if they were of another.
     """
+    program = lowered.compile(compiler_options=compiler_options(mesh))
     if not _is_several_gpus(mesh):
-        return lowered.compile()
-    program = lowered.compile(compiler_options={"xla_disable_hlo_passes": _PASSES_THAT_MIX_TYPES})
+        return program
     if mixed := mixed_reductions(program.as_text() or ""):
         raise RuntimeError(
             f"XLA compiled {', '.join(mixed)} to add one data type as another, expected one type in a sum: its result "
             "would be wrong (videonsa_jax/training/compiling.py names the cause known of XLA in jaxlib 0.11.2)"
         )
     return program
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str | bool]:
+    """What XLA is told of a program for these devices."""
+    if _is_several_gpus(mesh):
+        return {"xla_disable_hlo_passes": _PASSES_THAT_MIX_TYPES}
+    if mesh.size > 1 and mesh.devices.flat[0].device_kind in _WITH_SPARSE_CORES:
+        return _EXCHANGES_ON_SPARSE_CORES
+    return {}
 
 
 def _is_several_gpus(mesh: Mesh) -> bool:
