@@ -44,7 +44,7 @@ def _own_losses(chunk: int, hidden: Array, weights: Array, targets: Array) -> tu
         # A single chunk's logits are alive between the passes' last and first step alone: nothing is gained by
         # computing them again.
         return _losses(_logits(hidden, weights), targets)
-    return _chunked(chunk, hidden, weights, targets)
+    return _chunked(chunk, hidden, weights.astype(jnp.float32), targets)
 
 
 def _logits(hidden: Float[Array, "*L hidden"], weights: Float[Array, "hidden V"]) -> Float32[Array, "*L V"]:
@@ -83,6 +83,8 @@ def _chunked(chunk: int, hidden: Array, weights: Array, targets: Array) -> tuple
 def _chunked_forward(
     chunk: int, hidden: Array, weights: Array, targets: Array
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    # Rounded here, no chunk's loop holds the float32 weights.
+    weights = weights.astype(hidden.dtype)
     losses, correct = jax.lax.map(
         lambda part: _losses(_logits(part[0], weights), part[1]), (_split(hidden, chunk), _split(targets, chunk))
     )
@@ -99,12 +101,12 @@ def _chunked_backward(chunk: int, saved: tuple[Array, ...], cotangents: tuple[Ar
         dlogits = jax.nn.softmax(logits, axis=-1) - _is_target(targets, logits.shape[-1])
         dlogits = (dlogits * dloss[..., None]).astype(hidden.dtype)
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        dhidden = product("...v,hv->...h", dlogits, weights.astype(hidden.dtype)).astype(hidden.dtype)
+        dhidden = product("...v,hv->...h", dlogits, weights).astype(hidden.dtype)
         return dweights + product("bqlh,bqlv->hv", hidden, dlogits), dhidden
 
     parts = tuple(_split(x, chunk) for x in (hidden, targets, cotangents[0]))
     dweights, dhidden = jax.lax.scan(body, jnp.zeros(weights.shape, jnp.float32), parts)
-    return _join(dhidden, targets.shape[-1]), dweights.astype(weights.dtype), None
+    return _join(dhidden, targets.shape[-1]), dweights, None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
