@@ -5,7 +5,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from training_fakes import random_batch
 
 from videonsa_jax.training import mesh as mesh_module
-from videonsa_jax.training.config import MeshConfig
+from videonsa_jax.training.config import MeshConfig, ShardingRule
 from videonsa_jax.training.mesh import (
     check_batch_size,
     check_model_size,
@@ -80,6 +80,31 @@ def test_tensor_splits_heads_the_inside_of_mlps_and_the_vocabulary() -> None:
         "embed_tokens": {"embedding": PartitionSpec("tensor", "fsdp")},
         "visual": {"blocks": {"mlp": {"up_proj": {"kernel": PartitionSpec(None, "fsdp")}}}},
     }
+
+
+def test_a_config_may_have_rules_of_its_own() -> None:
+    mesh = AbstractMesh((1, 2, 1, 4), ("data", "fsdp", "context", "tensor"))
+    state = {name: jax.ShapeDtypeStruct((512, 1024), "float32") for name in ("one", "two", "three")}
+    rules = MeshConfig(rules=(("one", "replicated"), ("two", 0), ("", "fsdp"))).rules
+    specs = jax.tree.map(lambda sharding: sharding.spec, state_shardings(state, mesh, rules))
+    assert specs == {
+        "one": PartitionSpec(),
+        "two": PartitionSpec("tensor", "fsdp"),
+        "three": PartitionSpec(None, "fsdp"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (("two", "fsdp"), r'mesh\.rules has none for one, expected a last one such as \("\.\*", "fsdp"\)'),
+        (("one", -3), r"mesh\.rules splits axis -3 of one, expected one of the 2 axes that it has"),
+    ],
+)
+def test_rules_that_do_not_fit_say_so(rule: ShardingRule, message: str) -> None:
+    mesh = AbstractMesh((1, 2, 1, 4), ("data", "fsdp", "context", "tensor"))
+    with pytest.raises(ValueError, match=message):
+        state_shardings({"one": jax.ShapeDtypeStruct((512, 1024), "float32")}, mesh, (rule,))
 
 
 def test_contexts_must_divide_over_the_mesh() -> None:

@@ -245,7 +245,8 @@ def train(
         init = functools.partial(init_state, experiment.model, config, seed, optimizer)
         with usage_errors():
             shapes = jax.eval_shape(init)
-        shardings = state_shardings(shapes, mesh)
+        with usage_errors():
+            shardings = state_shardings(shapes, mesh, experiment.mesh.rules)
         if config.offload_optimizer:
             with usage_errors():
                 on_host = in_host_memory(shapes.opt_state, shardings.opt_state)

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,26 +11,11 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from videonsa_jax.models import placement
 from videonsa_jax.streams import BATCH_AXIS_SECOND
-from videonsa_jax.training.config import MeshConfig
+from videonsa_jax.training.config import SHARDING_RULES, MeshConfig, ShardingRule
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
 HOST_MEMORY = "pinned_host"
-
-type Rule = tuple[str, int | Literal["fsdp", "replicated"]]
-
-# The first rule whose pattern is found in an array's path decides. A number is the axis split over `tensor`; there, and
-# where a rule says so alone, another axis is split over `fsdp` and `context` (`placement.weight_split`).
-RULES: tuple[Rule, ...] = (
-    (r"(^|/)(step|count|bias|scale)$", "replicated"),
-    # Columns, then rows: one sum over `tensor` for each pair. Heads lie KV head by KV head, so a part has whole groups.
-    (r"(^|/)decoder/.*(q_proj|k_proj|v_proj|g_proj_2|gate_proj|up_proj)/kernel$", -1),
-    (r"(^|/)decoder/.*(o_proj|down_proj)/kernel$", -2),
-    # The vocabulary.
-    (r"(^|/)lm_head/kernel$", -1),
-    (r"(^|/)embed_tokens/embedding$", -2),
-    (r"", "fsdp"),
-)
 
 # Axis of a batch's arrays that is split over `context`: frames, and tokens of the visual stream.
 CONTEXT_AXES = {"patches": 1, "frame_grids": 1, "visual_source": 1, "visual_positions": 2, "visible_text": 1}
@@ -74,10 +59,14 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Sequence[Rule]) -> PartitionSpec:
-    rule = next(rule for pattern, rule in rules if re.search(pattern, path))
+def _spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Sequence[ShardingRule]) -> PartitionSpec:
+    rule = next((rule for pattern, rule in rules if re.search(pattern, path)), None)
+    if rule is None:
+        raise ValueError(f'mesh.rules has none for {path}, expected a last one such as (".*", "fsdp")')
     if rule == "replicated" or math.prod(shape) < placement.MIN_SHARDED_SIZE:
         return PartitionSpec()
+    if rule != "fsdp" and not -len(shape) <= rule < len(shape):
+        raise ValueError(f"mesh.rules splits axis {rule} of {path}, expected one of the {len(shape)} axes that it has")
     names: list[str | tuple[str, ...] | None] = [None] * len(shape)
     taken = ()
     if rule != "fsdp" and mesh.shape["tensor"] > 1 and shape[rule] % mesh.shape["tensor"] == 0:
@@ -90,16 +79,19 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: S
     return PartitionSpec(*names)
 
 
-def state_shardings(state: Any, mesh: Mesh | AbstractMesh, rules: Sequence[Rule] = RULES) -> Any:
+def state_shardings(state: Any, mesh: Mesh | AbstractMesh, rules: Sequence[ShardingRule] = SHARDING_RULES) -> Any:
     """Shardings of a training state: the optimiser's moments lie as their parameters do.
 
     Args:
       state: pytree of arrays or of their shapes.
       mesh: from `make_mesh`.
-      rules: (pattern of the path, what is split) in order of precedence; see `RULES`.
+      rules: in order of precedence, as `MeshConfig` describes them.
 
     Returns:
       The same tree with a `NamedSharding` for each array.
+
+    Raises:
+      ValueError: no rule is for an array, or one splits an axis that the array lacks.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, _spec(path_name(path), leaf.shape, mesh, rules)), state
