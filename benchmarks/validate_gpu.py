@@ -29,9 +29,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from benchmarks.choose_gpu import check_choice
 from experiments.drawn_cases import draw_choice
-from experiments.kernel_checks import FORWARD_BOUND, GRADIENT_BOUND, ROWS
+from experiments.kernel_checks import FORWARD_BOUND, GRADIENT_BOUND, ROWS, check_choice
 from experiments.timing import poison, relative_distance
 from pallas_kernels import (
     block_means,
@@ -194,7 +193,8 @@ def run_case(case: Case) -> dict[str, Any]:
     record: dict[str, Any] = {"kernels": compiled.as_text().count('custom_call_target="mosaic_gpu')}
     if chosen is not None:
         indices, inputs = chosen[0], choice_inputs(case, clean[0], *chosen[1:])
-        record["choice"] = check_choice(indices, inputs, spec.q_offset, lengths, spec.block_count)
+        rule = {"block_size": spec.block_size, "q_offset": spec.q_offset, "lengths": lengths}
+        record["choice"] = check_choice(indices, inputs, starts(case), **rule)
     poison(given[0], *given)
     first = compiled(*call)
     poison(*given)
