@@ -9,7 +9,7 @@ WANTED := $(shell cat .python-version)
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test test-slow test-gpu test-tpu-aot parity lint format clean
+.PHONY: help env train test test-slow test-gpu test-tpu-aot test-gpu-aot parity lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,7 +30,7 @@ train: env ## train CONFIG (default nsa_video) on the embedded clips; ARGS="--se
 	$(PYTHON) -m experiments.train --config=$(CONFIG) $(ARGS)
 
 test: env ## the CPU test suite
-	$(PYTHON) -m pytest -n $(WORKERS) -m "not slow and not gpu and not tpu_aot" $(ARGS)
+	$(PYTHON) -m pytest -n $(WORKERS) -m "not slow and not gpu and not tpu_aot and not gpu_aot" $(ARGS)
 
 test-slow: env ## minutes-long cases
 	$(PYTHON) -m pytest -m slow $(ARGS)
@@ -46,6 +46,15 @@ test-gpu: env ## cases that need an NVIDIA GPU
 
 test-tpu-aot: .venv-tpu/.complete ## every TPU kernel compiled for v5e, v5p and v6e; needs no TPU
 	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -n $(WORKERS) -m tpu_aot tests/tpu $(ARGS)
+
+.venv-gpu-aot/.complete: requirements-gpu-aot.txt requirements.txt .python-version
+	rm -rf $(@D)
+	python$(WANTED) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-gpu-aot.txt
+	@touch $@
+
+test-gpu-aot: .venv-gpu-aot/.complete ## the train step compiled for two H100; needs no GPU
+	.venv-gpu-aot/bin/python -m pytest -m gpu_aot tests/training $(ARGS)
 
 # transformers needs torch, whose CPU build for the library's Python may be missing: environments of their own.
 .venv-parity-%/.complete: tests/parity/requirements-%.txt
@@ -67,4 +76,4 @@ format: env ## ruff, in place
 	$(VENV)/bin/ruff format .
 
 clean: ## remove the environment and caches (runs/ and datasets/ stay)
-	rm -rf $(VENV) .venv-tpu .venv-parity-* .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-tpu .venv-gpu-aot .venv-parity-* .pytest_cache .ruff_cache .hypothesis

@@ -29,7 +29,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Lowered
 
 from benchmarks.real_samples import FRAMES, GRID, TEXT_TOKENS, real_shaped_batch
 from benchmarks.step_time import attention_arrays, nsa_options
@@ -38,9 +39,11 @@ from experiments.timing import relative_error, turn
 from pallas_kernels import nsa_attention
 from videonsa_jax.configs import tiny
 from videonsa_jax.streams import Batch, TrainBatch
+from videonsa_jax.training.compiling import compile_program
 from videonsa_jax.training.config import Experiment, MeshConfig
 from videonsa_jax.training.environment import environment
 from videonsa_jax.training.flops import forward_flops, peak_flops_per_second, train_flops
+from videonsa_jax.training.loop import expected_sums
 from videonsa_jax.training.mesh import batch_sharding, make_mesh, path_name, place_batch, state_shardings
 from videonsa_jax.training.optimizer import learning_rate, make_optimizer
 from videonsa_jax.training.step import (
@@ -70,8 +73,8 @@ class Compiled:
 class Programs:
     """Traces in order, compiles side by side."""
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(8)
+    def __init__(self, mesh: Mesh) -> None:
+        self._pool, self._mesh = ThreadPoolExecutor(8), mesh
         self._futures: dict[str, Future[Compiled]] = {}
 
     def add(self, name: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
@@ -79,7 +82,7 @@ class Programs:
         start = time.perf_counter()
         lowered = jax.jit(function, **options).lower(*arguments)
         tracing = time.perf_counter() - start
-        self._futures[name] = self._pool.submit(_compile, lowered, tracing)
+        self._futures[name] = self._pool.submit(_compile, lowered, self._mesh, tracing)
 
     def get(self, name: str) -> Compiled:
         """The program, once it is compiled."""
@@ -94,9 +97,9 @@ class Programs:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _compile(lowered: Any, tracing: float) -> Compiled:
+def _compile(lowered: Lowered, mesh: Mesh, tracing: float) -> Compiled:
     start = time.perf_counter()
-    program = lowered.compile()
+    program = compile_program(lowered, mesh)
     seconds = {"trace": tracing, "compile": time.perf_counter() - start}
     analysis = program.memory_analysis()
     names = ("argument", "output", "alias", "temp")
@@ -122,7 +125,7 @@ class Benchmark:
         shapes = jax.eval_shape(self.init)
         self.shardings = state_shardings(shapes, self.mesh)
         self.shapes = jax.tree.map(_placed, shapes, self.shardings)
-        self.programs = Programs()
+        self.programs = Programs(self.mesh)
         self.batches = functools.cache(self._batch)
         self.state: TrainState | None = None
         self.record: dict[str, Any] = {"parts": {}, "failed": {}}
@@ -168,10 +171,8 @@ class Benchmark:
 
     def compile_update(self) -> None:
         """Starts to compile the optimiser's update."""
-        number, count = (
-            jax.ShapeDtypeStruct((), dtype, sharding=self.replicated) for dtype in (jnp.float32, jnp.int32)
-        )
-        sums = Sums(self.shapes.params, number, number, number, visual_tokens=count, text_tokens=count)
+        train = self.experiment.train
+        sums = expected_sums(self.shapes.params, train.accumulation, self._sums_shardings())
         self.programs.add(
             "update",
             functools.partial(apply_gradients, self.optimizer, self.schedule),
@@ -388,8 +389,7 @@ def set_up_xla() -> None:
     """Memory and flags, unless the environment says otherwise; read when the first array is made."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.97")
     if "XLA_FLAGS" not in os.environ and os.environ.get("JAX_PLATFORMS") != "cpu":
-        # The last: XLA's own all-reduce kernel is suspected of wrong sums on two GPUs (docs/scale.md); NCCL's is used.
-        wanted = ("autotune_level=0", "enable_triton_gemm=false", "experimental_use_collective_kernels=")
+        wanted = ("autotune_level=0", "enable_triton_gemm=false")
         os.environ["XLA_FLAGS"] = " ".join(f"--xla_gpu_{flag}" for flag in wanted)
 
 

@@ -8,7 +8,6 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from training_fakes import (
 
 from videonsa_jax.data.sources import DataError
 from videonsa_jax.streams import BATCH_AXIS_SECOND, TrainBatch
-from videonsa_jax.training import loop, spikes
+from videonsa_jax.training import compiling, loop, spikes
 from videonsa_jax.training.config import Experiment
 from videonsa_jax.training.errors import UsageError
 from videonsa_jax.training.frozen import split_params
@@ -252,23 +251,6 @@ def test_tensorboard_that_is_not_installed_is_told(run, monkeypatch: pytest.Monk
         run(tiny_experiment(tensorboard=True), tmp_path)
 
 
-def test_a_program_that_compiles_ahead_is_the_one_that_runs() -> None:
-    traced = []
-
-    def double(tree: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        traced.append(tree)
-        return jax.tree.map(lambda leaf: 2 * leaf, tree)
-
-    program = loop.TimedJit(double)
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with ThreadPoolExecutor(1) as pool:
-        program.start_compiling(pool, {"a": jax.ShapeDtypeStruct((3,), np.float32, sharding=sharding)})
-        before = program.seconds
-        assert program({"a": jax.device_put(np.ones(3, np.float32))})["a"].tolist() == [2, 2, 2]
-    assert len(traced) == 1
-    assert before > 0
-
-
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_update_expects_the_sums_that_batches_give(accumulation: int) -> None:
     experiment = tiny_experiment(accumulation=accumulation, param_dtype="bfloat16", frozen=("embedding",))
@@ -280,4 +262,4 @@ def test_the_update_expects_the_sums_that_batches_give(accumulation: int) -> Non
     expected = loop.expected_sums(trained, accumulation, sums_like(jax.tree.map(lambda _: sharding, trained), sharding))
     add_batch = functools.partial(accumulate, toy_make_losses(experiment.model, config, mesh), config)
     found, _ = jax.eval_shape(add_batch, params, None, random_batch(0))
-    assert loop._signature((expected,)) == loop._signature((found,))
+    assert compiling.signature((expected,)) == compiling.signature((found,))

@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from videonsa_jax.data.pipeline import DataIterator, build_pipeline
 from videonsa_jax.data.sources import DataError
 from videonsa_jax.streams import Batch, TrainBatch
 from videonsa_jax.training import checkpoints
+from videonsa_jax.training.compiling import TimedJit
 from videonsa_jax.training.config import Experiment
 from videonsa_jax.training.environment import code_digest, environment, peak_gigabytes, versions
 from videonsa_jax.training.errors import usage_errors
@@ -73,43 +74,6 @@ FIELDS_OF_A_HOST = ("pretrained", "data.cache_dir", "data.video_root", "data.vid
 EXIT_DONE = 0
 EXIT_NOT_FINITE = 3
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
-
-
-class TimedJit:
-    """A jitted function that is compiled ahead for each set of shapes it meets, the time kept apart.
-
-    Attributes:
-      seconds: that callers stood still for tracing and compiling so far.
-    """
-
-    def __init__(self, function: Callable, **options: Any):
-        self._jitted = jax.jit(function, **options)
-        self._programs: dict[Any, Callable | Future[Callable]] = {}
-        self.seconds = 0.0
-
-    def start_compiling(self, pool: Executor, *args: Any) -> None:
-        """Compiles in `pool` for these arrays, or for shapes that say where theirs will lie."""
-        start = time.perf_counter()
-        self._programs[_signature(args)] = pool.submit(self._jitted.lower(*args).compile)
-        self.seconds += time.perf_counter() - start
-
-    def __call__(self, *args: Any) -> Any:
-        """Calls the function with arrays that are on the devices already."""
-        signature = _signature(args)
-        program = self._programs.get(signature)
-        if not callable(program):
-            start = time.perf_counter()
-            program = program.result() if isinstance(program, Future) else self._jitted.lower(*args).compile()
-            self._programs[signature] = program
-            self.seconds += time.perf_counter() - start
-        # A hidden copy from the host would stall every step: what enters one was put on the devices beforehand.
-        with jax.transfer_guard_host_to_device("disallow"):
-            return program(*args)
-
-
-def _signature(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    leaves, structure = jax.tree.flatten(args)
-    return structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
 def expected_sums(trained: Params, accumulation: int, shardings: Sums) -> Sums:
@@ -315,11 +279,13 @@ def train(
         of_sums = sums_like(split_params(shardings.params, config.frozen)[0], replicated)
         add_batch = TimedJit(
             functools.partial(accumulate, losses, config),
+            mesh,
             donate_argnums=1,
             out_shardings=(of_sums, replicated),
         )
         update = TimedJit(
             functools.partial(apply_gradients, optimizer, schedule, offloaded=config.offload_optimizer),
+            mesh,
             donate_argnums=0,
             out_shardings=(shardings, replicated),
         )
@@ -328,7 +294,7 @@ def train(
         if step < config.steps:
             trained_shapes, _ = split_params(shapes.params, config.frozen)
             update.start_compiling(compiler, state, expected_sums(trained_shapes, config.accumulation, of_sums))
-        choose = TimedJit(functools.partial(choose_options, forward), out_shardings=replicated)
+        choose = TimedJit(functools.partial(choose_options, forward), mesh, out_shardings=replicated)
 
         def compile_seconds() -> float:
             return add_batch.seconds + update.seconds + choose.seconds
