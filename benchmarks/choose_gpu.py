@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +27,7 @@ from pallas_kernels import block_words
 from pallas_kernels.block_selection import gpu_config, gpu_top_n, mosaic_gpu
 from pallas_kernels.block_selection.gpu_importance import importance
 from pallas_kernels.common import EMPTY_LSE, query_indices
+from videonsa_jax.training.environment import command_line
 
 SPREADS = {"flat": 0.125, "normal": 1.0, "sharp": 3.0}
 LENGTHS = (65536, 131072, 8192, 16384 + 37, 32768)
@@ -277,7 +277,7 @@ def main() -> None:
     args = parser.parse_args()
     watch(25)
     result: dict[str, Any] = {
-        "command": " ".join(sys.argv),
+        "command": command_line(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "shape": {"N": HEADS, "G": GROUP, "D": SIZE, "s": BLOCK, "n": PLACES, "B": 1, "dtype": "bfloat16"},
