@@ -180,8 +180,7 @@ def prepare(folder: Path, scenes: int) -> dict[str, Path]:
     return dict(zip(names, paths, strict=False))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the benchmark."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("datasets/loader_speed"), help="for the videos")
     parser.add_argument(
@@ -192,7 +191,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="loader processes; default 1 2")
     parser.add_argument("--only-decoding", action="store_true", help="no slow consumer, and no cache of frames")
     parser.add_argument("--json", type=Path, help="file for the result")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the benchmark."""
+    options = _parser().parse_args(arguments)
     folder, scenes = options.folder, options.scenes
     videos = prepare(folder, scenes)
     experiment = configs.get("nsa_video_7b")
