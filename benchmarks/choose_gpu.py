@@ -13,19 +13,21 @@ import argparse
 import dataclasses
 import functools
 import json
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks.selected_gpu import BLOCK, GROUP, HEADS, PLACES, SIZE, attempt, median_ms, poison, report, watch
+from experiments.kernel_checks import ROWS, check_choice, importances
 from pallas_kernels import block_words
 from pallas_kernels.block_selection import gpu_config, gpu_top_n, mosaic_gpu
 from pallas_kernels.block_selection.gpu_importance import importance
 from pallas_kernels.common import EMPTY_LSE, query_indices
+from videonsa_jax.training.environment import command_line
 
 SPREADS = {"flat": 0.125, "normal": 1.0, "sharp": 3.0}
 LENGTHS = (65536, 131072, 8192, 16384 + 37, 32768)
@@ -75,84 +77,16 @@ def _logits(q: jax.Array, means: jax.Array) -> jax.Array:
     return dot(q, means) * q.shape[-1] ** -0.5
 
 
-@jax.jit
-def exact_importance(q: jax.Array, means: jax.Array, lse: jax.Array) -> jax.Array:
-    """In float32 with TF32 off: [B, T, N, M]."""
-    with jax.default_matmul_precision("highest"):
-        logits = _logits(q.astype(jnp.float32), means.astype(jnp.float32))
-        return jnp.exp(logits - lse[..., None]).sum(axis=3)
-
-
-@functools.partial(jax.jit, static_argnames=("places", "init", "local"))
-def wrong_choices(
-    chosen: jax.Array, exact: jax.Array, t: jax.Array, valid: jax.Array, places: int, init: int, local: int
-) -> dict[str, jax.Array]:
-    """What is wrong with chosen indices [B, T, N, n]: numbers of queries, and the worst excess of a block left out."""
-    columns = exact.shape[-1] + 1
-    j = jnp.arange(columns)
-    current = (t // BLOCK)[:, None, None]
-    candidate = (j <= current) & valid[..., None, None]
-    forced = candidate & ((j < init) | (j > current - local))
-    taken = (chosen[..., None] == j).any(axis=-2)
-    count = jnp.minimum(candidate.sum(-1), places)
-    free = jnp.pad(exact, [(0, 0), (0, 0), (0, 0), (0, 1)])
-    least = jnp.where(taken & ~forced, free, jnp.inf).min(-1)
-    most = jnp.where(candidate & ~taken, free, -jnp.inf).max(-1)
-    there = chosen >= 0
-    ascending = (chosen[..., 1:] > chosen[..., :-1]) | ~there[..., 1:]
-    return {
-        "count": ((there.sum(-1) != count) | (taken.sum(-1) != count)).sum(),
-        "not ascending": (~ascending.all(-1)).sum(),
-        "forced left out": (forced & ~taken).any(-1).sum(),
-        "no candidate taken": (taken & ~candidate).any(-1).sum(),
-        "excess": jnp.max(jnp.where(jnp.isfinite(most) & jnp.isfinite(least), most / least - 1, -1.0)),
-    }
-
-
-def check_choice(
-    chosen: jax.Array,
-    inputs: tuple[jax.Array, ...],
-    offset: int = 0,
-    lengths: jax.Array | None = None,
-    places: int = PLACES,
-    init: int = 0,
-    local: int = 1,
-) -> dict[str, float | bool]:
-    """Checks a few hundred queries, at the beginning, the middle and the end."""
-    found = worst_choices(chosen, inputs, offset, lengths, places, init, local)
-    worst = {name: float(value) for name, value in found.items()}
-    excess = worst.pop("excess")
-    return {"fine": excess < 1e-4 and not any(worst.values()), "excess": excess} | worst
-
-
-@functools.partial(jax.jit, static_argnames=("places", "init", "local"))
-def worst_choices(
-    chosen: jax.Array,
-    inputs: tuple[jax.Array, ...],
-    offset: jax.Array | int,
-    lengths: jax.Array | None,
-    places: int,
-    init: int,
-    local: int,
-) -> dict[str, jax.Array]:
-    """The largest of `wrong_choices` over the queries that `check_choice` looks at."""
-    q, means, lse = inputs
-    queries = q.shape[1]
-    seen = []
-    for start in sorted({0, min(2000, queries // 3), queries // 2 + 5, max(0, queries - 96)}):
-        rows = slice(start, min(queries, start + 96))
-        t = query_indices(rows.stop - start, start + offset)
-        valid = jnp.ones((q.shape[0], t.size), bool) if lengths is None else t < lengths[:, None]
-        exact = exact_importance(q[:, rows], means, lse[:, rows])
-        seen.append(wrong_choices(chosen[:, rows], exact, t, valid, places, init, local))
-    return jax.tree.map(lambda *values: jnp.max(jnp.stack(values)), *seen)
+def check(chosen: jax.Array, inputs: tuple[jax.Array, ...], **rule: Any) -> dict[str, float | bool]:
+    """`check_choice` in 384 queries, from the first to the last."""
+    return check_choice(chosen, inputs, np.linspace(0, chosen.shape[1] - ROWS, 12, dtype=int), block_size=BLOCK, **rule)
 
 
 def check_small() -> dict[str, Any]:
     """7B heads, ragged T."""
     inputs = draw(2048 + 21, 3, 1.0)
     chosen = jax.jit(functools.partial(select, places=8))(*inputs)
-    return check_choice(chosen, inputs, places=8)
+    return check(chosen, inputs)
 
 
 def check_other_shape() -> dict[str, Any]:
@@ -163,9 +97,8 @@ def check_other_shape() -> dict[str, Any]:
     poisoned = jnp.where(past[..., None], jnp.nan, q), means, jnp.where(past, jnp.nan, lse)
     options = {"places": 7, "init": 1, "local": 2}
     chosen = jax.jit(functools.partial(select, **options))(*poisoned, offset=offset, lengths=lengths)
-    return check_choice(chosen, (q, means, lse), offset, lengths, **options) | {
-        "none past": bool((jnp.where(past, chosen, -1) == -1).all())
-    }
+    rule = {"init_blocks": options["init"], "local_blocks": options["local"], "q_offset": offset, "lengths": lengths}
+    return check(chosen, (q, means, lse), **rule) | {"none past": bool((jnp.where(past, chosen, -1) == -1).all())}
 
 
 def check_ties() -> dict[str, Any]:
@@ -190,7 +123,7 @@ def check_scores(queries: int) -> dict[str, float]:
     q, means, lse = draw(queries, 5, 1.0)
     poison(jax.ShapeDtypeStruct((HEADS, queries, -(-(queries // BLOCK + 1) // 128) * 128), jnp.float32))
     scores = score(gpu_config.heuristic(SIZE), queries)(*prepare(q, means, lse), jnp.zeros(1, jnp.int32))
-    exact = jnp.swapaxes(exact_importance(q, means, lse)[0], 0, 1)
+    exact = jnp.swapaxes(jax.jit(importances)(q, means, lse)[0], 0, 1)
     seen = jnp.arange(means.shape[1]) < (jnp.arange(queries) // BLOCK)[:, None]
     error = jnp.abs(scores[:, :, : means.shape[1]] / exact - 1)
     return {"worst relative": float(jnp.where(seen, error, 0).max())}
@@ -281,7 +214,7 @@ def time_whole(queries: int, record: dict[str, Any]) -> None:
     attempt(record, "importances", lambda: median_ms(score_all(queries), [prepare(*inputs["normal"])]))
     for name, x in inputs.items():
         attempt(record, f"whole, {name}", lambda: median_ms(whole, [x], 3))  # noqa: B023
-        attempt(record, f"check, {name}", lambda: check_choice(whole(*x), x))  # noqa: B023
+        attempt(record, f"check, {name}", lambda: check(whole(*x), x))  # noqa: B023
     x = inputs["normal"]
     attempt(record, "same bits", lambda: bool((whole(*x) == whole(*x)).all()))
 
@@ -344,7 +277,7 @@ def main() -> None:
     args = parser.parse_args()
     watch(25)
     result: dict[str, Any] = {
-        "command": " ".join(sys.argv),
+        "command": command_line(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "shape": {"N": HEADS, "G": GROUP, "D": SIZE, "s": BLOCK, "n": PLACES, "B": 1, "dtype": "bfloat16"},
@@ -358,8 +291,8 @@ def main() -> None:
         result["checks"] = checks = {}
         attempt(checks, "scores", lambda: check_scores(16384))
         save()
-        for name, check in (("small", check_small), ("other shape", check_other_shape), ("ties", check_ties)):
-            attempt(checks, name, check)
+        for name, run in (("small", check_small), ("other shape", check_other_shape), ("ties", check_ties)):
+            attempt(checks, name, run)
             save()
         return
     result["lengths"] = {}

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +30,7 @@ from pallas_kernels.prefix_attention import mosaic_gpu as prefix_gpu
 from pallas_kernels.prefix_attention import reference as prefix_reference
 from pallas_kernels.window_attention import mosaic_gpu as window_gpu
 from pallas_kernels.window_attention import reference as window_reference
+from videonsa_jax.training.environment import command_line
 
 HEADS, GROUP, SIZE, BLOCK, WINDOW = 4, 7, 128, 64, 256
 MATRIX_RATE, MEMORY_RATE = 798e12, 3.0e12
@@ -372,7 +372,7 @@ def main() -> None:
     args = parser.parse_args()
     watch(40)
     result: dict[str, Any] = {
-        "command": " ".join(sys.argv),
+        "command": command_line(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "shape": {"N": HEADS, "G": GROUP, "D": SIZE, "s": BLOCK, "w": WINDOW, "B": 1, "dtype": "bfloat16"},

@@ -10,7 +10,6 @@ before it is timed.
 import argparse
 import json
 import re
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 from benchmarks.selected_gpu import BLOCK, GROUP, HEADS, SIZE
 from experiments.timing import median_ms, poison, relative_error
 from pallas_kernels.nsa import block_means
+from videonsa_jax.training.environment import command_line
 
 TEMPERATURE = 0.3
 BYTES_PER_MS = 3e9
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--json", required=True)
     options = parser.parse_args()
     result: dict[str, Any] = {
-        "command": " ".join(sys.argv),
+        "command": command_line(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "shape": {"N": HEADS, "G": GROUP, "D": SIZE, "s": BLOCK, "B": 1, "dtype": "bfloat16"},

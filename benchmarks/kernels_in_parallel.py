@@ -1,4 +1,4 @@
-"""Every kernel measurement of docs/kernels.md in one command: `experiments.bench_kernels`, many processes, one device.
+"""What docs/kernels.md has under "Measured", in one command: `experiments.bench_kernels`, many processes, one device.
 
     python -m benchmarks.kernels_in_parallel --tensors=selection.npz --json=benchmarks/results/h100_kernels_DATE.json
 

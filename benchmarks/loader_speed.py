@@ -76,14 +76,14 @@ def parts_of_a_sample(path: Path, pipeline: Pipeline, repeats: int) -> dict:
     """Where the CPU seconds of one sample go, before and after what makes it fast."""
     loader = pipeline._loader
     data, model = loader.config, loader.model
+    context = next(c for c in loader.index.contexts if c.video == str(path))
     options = {
         "fps": data.fps,
         "max_frames": data.max_frames,
         "max_pixels": data.max_pixels,
         "seconds_limit": 600.0,
-        "expected": next(c.info for c in loader.index.contexts if c.video == str(path)),
+        "expected": context.info,
     }
-    context = next(c for c in loader.index.contexts if c.video == str(path))
     skipping = video._Reader._packets
 
     def sampled(resize: str) -> np.ndarray:
@@ -110,6 +110,7 @@ def parts_of_a_sample(path: Path, pipeline: Pipeline, repeats: int) -> dict:
     parts["whole row"] = seconds_of(whole_row, repeats)
     start = time.perf_counter()
     decode_every_frame(path, threads=2, kind="FRAME")
+    wall_of_two_threads = time.perf_counter() - start
     return {
         "file": {
             "bytes": path.stat().st_size,
@@ -125,7 +126,7 @@ def parts_of_a_sample(path: Path, pipeline: Pipeline, repeats: int) -> dict:
             "now": len(frames) / parts["sampled, swscale"],
             "whole row": len(frames) / parts["whole row"],
         },
-        "wall_seconds_of_two_frame_threads": time.perf_counter() - start,
+        "wall_seconds_of_two_frame_threads": wall_of_two_threads,
     }
 
 
@@ -179,8 +180,7 @@ def prepare(folder: Path, scenes: int) -> dict[str, Path]:
     return dict(zip(names, paths, strict=False))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the benchmark."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("datasets/loader_speed"), help="for the videos")
     parser.add_argument(
@@ -191,7 +191,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="loader processes; default 1 2")
     parser.add_argument("--only-decoding", action="store_true", help="no slow consumer, and no cache of frames")
     parser.add_argument("--json", type=Path, help="file for the result")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the benchmark."""
+    options = _parser().parse_args(arguments)
     folder, scenes = options.folder, options.scenes
     videos = prepare(folder, scenes)
     experiment = configs.get("nsa_video_7b")

@@ -11,7 +11,6 @@ import argparse
 import json
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from flax import nnx
 
 import videonsa_jax as vn
 from videonsa_jax.data.tokenizer import train_tokenizer
+from videonsa_jax.training.environment import command_line
 
 QUESTIONS = ("What happens first?", "What colour is the ball, and where does it go?")
 NEW_TOKENS = 32
@@ -81,7 +81,7 @@ def main() -> None:
             for name, value in zip(samples, (encoding, whole[0], second[0], rate), strict=True):
                 samples[name].append(value)
     result = {
-        "command": " ".join(["python -m benchmarks.second_question", *sys.argv[1:]]),
+        "command": command_line(),
         "device": f"{jax.devices()[0].device_kind}, {platform.processor() or platform.machine()}",
         "versions": {"jax": jax.__version__, "python": platform.python_version()},
         "visual_tokens": encoded.num_tokens,

@@ -31,6 +31,7 @@ from pallas_kernels import gpu
 from pallas_kernels.selected_attention import gpu_config, mosaic_gpu, mosaic_gpu_backward, reference
 from pallas_kernels.selected_attention.gpu_lists import block_lists, tile_lists, visible_choice
 from pallas_kernels.specs import Spec
+from videonsa_jax.training.environment import command_line
 
 HEADS, GROUP, SIZE, BLOCK, PLACES = 4, 7, 128, 64, 32
 LENGTHS = (8192, 65536, 131072, 32768, 16384 + 37)
@@ -362,7 +363,7 @@ def main() -> None:
     args = parser.parse_args()
     watch(45)
     result: dict[str, Any] = {
-        "command": " ".join(sys.argv),
+        "command": command_line(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "shape": {"N": HEADS, "G": GROUP, "D": SIZE, "s": BLOCK, "n": PLACES, "B": 1, "dtype": "bfloat16"},

@@ -123,7 +123,7 @@ class Benchmark:
         self.optimizer = make_optimizer(experiment.optimizer, 100, experiment.train.param_dtype)
         self.init = functools.partial(init_state, experiment.model, experiment.train, 0, self.optimizer)
         shapes = jax.eval_shape(self.init)
-        self.shardings = state_shardings(shapes, self.mesh)
+        self.shardings = state_shardings(shapes, self.mesh, experiment.mesh.rules)
         self.shapes = jax.tree.map(_placed, shapes, self.shardings)
         self.programs = Programs(self.mesh)
         self.batches = functools.cache(self._batch)

@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from videonsa_jax.training.environment import environment
+
 CLIPS = 160
 SETTINGS = (
     f"data.clips.train_clips={CLIPS}",
@@ -46,8 +48,8 @@ def start(implementation: str, folder: Path, steps: int, extra: list[str]) -> su
     command = [sys.executable, "-m", "experiments.train", "--config=nsa_video_small"]
     command += [f"--workdir={folder / implementation}", *(f"--set={setting}" for setting in (*settings, *extra))]
     log = (folder / f"{implementation}.log").open("w")
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    variables = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=variables)
 
 
 def records(folder: Path, implementation: str) -> list[dict[str, Any]]:
@@ -105,7 +107,9 @@ def main() -> int:
             run.kill()
             run.wait()
         runs = {name: records(folder, name) for name in running}
-        result = {"command": sys.argv[1:], "settings": [*SETTINGS, *options.set], "steps": options.steps}
+        # The device is free again; asking it before would have taken its memory.
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        result = environment() | {"settings": [*SETTINGS, *options.set], "steps": options.steps}
         result |= {"exit_status": {name: run.returncode for name, run in running.items()}, **summarize(runs)}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
         for name, lines in runs.items():

@@ -44,6 +44,7 @@ from pallas_kernels.triton_flash_config import KeyConfig, QueryConfig, heuristic
 from pallas_kernels.window_attention import mosaic_gpu as window_gpu
 from pallas_kernels.window_attention import reference as window_reference
 from pallas_kernels.window_attention import triton as window_triton
+from videonsa_jax.training.environment import command_line
 
 HEADS, GROUP, SIZE, BLOCK, WINDOW, PLACES = 4, 7, 128, 64, 256, 32
 PREPARE_SECONDS = 55
@@ -461,7 +462,7 @@ def main() -> None:
             records += done
             print("\n".join(map(line, done)), flush=True)
             if arguments.json:
-                about = {"command": " ".join(sys.argv), "records": records}
+                about = {"command": command_line(), "records": records}
                 arguments.json.write_text(json.dumps(about, indent=1))
 
 

@@ -51,6 +51,7 @@ from pallas_kernels.selected_attention import (
 )
 from pallas_kernels.selected_attention.gpu_lists import block_lists, tile_lists, visible_choice
 from pallas_kernels.selected_attention.triton_config import BlockConfig, Config, TileConfig
+from videonsa_jax.training.environment import command_line
 
 LONG = 65536
 TASKS = (
@@ -466,7 +467,7 @@ def main() -> None:
     begin = time.monotonic()
     processes = {task: subprocess.Popen([*base, f"--one={task}"]) for task in args.tasks}
     result: dict[str, Any] = {
-        "command": " ".join(sys.argv),
+        "command": command_line(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "shape": {"N": HEADS, "G": GROUP, "D": SIZE, "s": BLOCK, "n": PLACES, "B": 1, "dtype": "bfloat16"},

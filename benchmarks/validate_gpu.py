@@ -29,9 +29,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from benchmarks.choose_gpu import check_choice
+from experiments import kernel_results
 from experiments.drawn_cases import draw_choice
-from experiments.kernel_checks import FORWARD_BOUND, GRADIENT_BOUND, ROWS
+from experiments.kernel_checks import FORWARD_BOUND, GRADIENT_BOUND, ROWS, check_choice
 from experiments.timing import poison, relative_distance
 from pallas_kernels import (
     block_means,
@@ -43,6 +43,7 @@ from pallas_kernels import (
     registry,
 )
 from pallas_kernels.specs import Spec
+from videonsa_jax.training.environment import command_line
 
 OPERATIONS = ("compressed_attention", "block_selection", "selected_attention", "window_attention")
 NAMES = ("o", "dq", "dk", "dv", "dlogits")
@@ -184,8 +185,8 @@ def run_case(case: Case) -> dict[str, Any]:
     spec = case.spec
     drawn, offset = draw(case), jnp.int32(spec.q_offset)
     given, clean, indices, lengths = (drawn[name] for name in ("given", "clean", "indices", "lengths"))
-    call = (given, indices, lengths, offset)
-    lowered = jax.jit(functools.partial(both, case)).lower(*call)
+    arguments = (given, indices, lengths, offset)
+    lowered = jax.jit(functools.partial(both, case)).lower(*arguments)
     with ThreadPoolExecutor(1) as pool:
         # Compiling takes as long as lowering: side by side.
         compiling = pool.submit(lowered.compile)
@@ -194,11 +195,12 @@ def run_case(case: Case) -> dict[str, Any]:
     record: dict[str, Any] = {"kernels": compiled.as_text().count('custom_call_target="mosaic_gpu')}
     if chosen is not None:
         indices, inputs = chosen[0], choice_inputs(case, clean[0], *chosen[1:])
-        record["choice"] = check_choice(indices, inputs, spec.q_offset, lengths, spec.block_count)
+        rule = {"block_size": spec.block_size, "q_offset": spec.q_offset, "lengths": lengths}
+        record["choice"] = check_choice(indices, inputs, starts(case), **rule)
     poison(given[0], *given)
-    first = compiled(*call)
+    first = compiled(*arguments)
     poison(*given)
-    record |= {name: bool(value) for name, value in properties(case, first, compiled(*call)).items()}
+    record |= {name: bool(value) for name, value in properties(case, first, compiled(*arguments)).items()}
     found = errors(case, first, clean, indices, lengths)
     record["errors"] = {name: float(error) for name, error in found.items()}
     bounds = {"o": FORWARD_BOUND}
@@ -286,25 +288,26 @@ def run_all(names: list[str], json_path: Path, limit: float) -> int:
             for name, part in parts.items()
         }
         records: dict[str, Any] = {}
+        about = {"device": device_name(), "jax": jax.__version__, "command": command_line()}
         print(HEADER, flush=True)
         for name, process in running.items():
             try:
                 process.wait(timeout=max(1.0, limit - (time.monotonic() - began)))
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
             part = parts[name]
             said = part.with_suffix(".err").read_text().strip().splitlines()
             last = said[-1] if said else f"not done after {limit:g} s"
             records[name] = json.loads(part.read_text()) if part.exists() else {"failed": last, "fine": False}
             print(line(name, records[name]), flush=True)
-            about = {"device": jax_device(), "jax": jax.__version__, "command": " ".join(sys.argv)}
-            json_path.write_text(json.dumps(about | {"cases": records}, indent=1) + "\n")
+            kernel_results.write(about | {"cases": records}, json_path)
     wrong = [name for name, record in records.items() if not record["fine"]]
     print(f"{len(records) - len(wrong)} of {len(records)} cases right in {time.monotonic() - began:.0f} s")
     return int(bool(wrong))
 
 
-def jax_device() -> str:
+def device_name() -> str:
     """The device's name, as the driver tells it: this process takes no device."""
     try:
         asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]

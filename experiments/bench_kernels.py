@@ -203,7 +203,8 @@ def programs(case: Case, implementation: str, gradient: bool, options: argparse.
         for m in NEIGHBOURS:
             compile_only(mean_union, case.choice_shape, m, -(-spec.keys // spec.block_size))
     if case.name == "block_selection":
-        compile_only(kernel_checks.sampled_importances, spec, shapes)
+        starts = jnp.asarray(kernel_checks.sampled_starts(spec.queries), jnp.int32)
+        compile_only(kernel_checks.choice_errors, case.result, shapes, starts, jnp.int32(0), None, spec.block_size)
     else:
         do, known = case.result, (*shapes, case.choice_shape) if case.chooses else shapes
         expected = functools.partial(kernel_checks.expected_values, operation, spec, differentiable)
@@ -229,20 +230,23 @@ def check(case: Case, arrays: Arrays, ready: Programs, choice: jax.Array | None 
       Relative errors by name.
 
     Raises:
-      WrongValues: an error is too large.
+      WrongValues: an error is too large, or a choice breaks the rule.
     """
     operation = case.operation
     if case.name == "block_selection":
-        errors = kernel_checks.check_choice(case.spec, arrays, ready.compiled(*arrays))
-    else:
-        do = kernel_checks.only_sampled(operation, kernel_checks.cotangent(case.result, 99))
-        known = arrays if choice is None else (*arrays, choice)
-        expected = kernel_checks.expected_values(operation, case.spec, ready.differentiable, known, do)
-        poison(*arrays, *jax.tree.leaves(do))
-        o, gradients = ready.compiled(arrays, do) if ready.gradient else (ready.compiled(*arrays), ())
-        errors = kernel_checks.errors_of(operation, expected, o, gradients)
+        starts = kernel_checks.sampled_starts(case.spec.queries)
+        found = kernel_checks.check_choice(ready.compiled(*arrays), arrays, starts, block_size=case.spec.block_size)
+        if not found["fine"]:
+            raise WrongValues(f"choice {found}")
+        return {"choice": max(0.0, found["excess"])}
+    do = kernel_checks.only_sampled(operation, kernel_checks.cotangent(case.result, 99))
+    known = arrays if choice is None else (*arrays, choice)
+    expected = kernel_checks.expected_values(operation, case.spec, ready.differentiable, known, do)
+    poison(*arrays, *jax.tree.leaves(do))
+    o, gradients = ready.compiled(arrays, do) if ready.gradient else (ready.compiled(*arrays), ())
+    errors = kernel_checks.errors_of(operation, expected, o, gradients)
     biases = {f"d{i}": kernel_checks.BIAS_BOUND for i, x in enumerate(arrays) if x.ndim == 1}
-    bounds = {"o": kernel_checks.FORWARD_BOUND, "choice": kernel_checks.CHOICE_BOUND} | biases
+    bounds = {"o": kernel_checks.FORWARD_BOUND} | biases
     wrong = {n: e for n, e in errors.items() if not e <= bounds.get(n, kernel_checks.GRADIENT_BOUND)}
     if wrong:
         raise WrongValues(f"errors {wrong}")

@@ -1,24 +1,25 @@
-"""How `experiments.bench_kernels` checks a result before it is timed: sampled queries against the float32 reference."""
+"""How kernels' results are checked on a device: sampled queries against the float32 reference."""
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Float32, Int
 
 from experiments.kernel_operations import Arrays, Operation
 from experiments.timing import relative_distance
-from pallas_kernels.common import Scalar
+from pallas_kernels.common import Scalar, query_indices
 from pallas_kernels.specs import Spec
 
 ROWS = 32
 """Queries of one sample that is compared with the reference."""
 
 FORWARD_BOUND, GRADIENT_BOUND, CHOICE_BOUND = 1.5e-2, 2e-2, 1e-4
-"""Relative norm errors of outputs and gradients in bfloat16; relative difference of importances that may swap."""
+"""Relative norm errors of outputs and gradients in bfloat16; excess of an importance left out over one taken."""
 
 BIAS_BOUND = 1e-1
 """Of a bias' gradient, a sum over all tokens that nearly cancels: a softmax ignores what all keys share."""
@@ -147,37 +148,95 @@ def compared(operation: Operation, expected: Expected, o: Any, gradients: Arrays
     return seen
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def sampled_importances(spec: Spec, arrays: Arrays) -> Float32[jax.Array, "A B R N M"]:
-    """Importances (SEMANTICS, block selection) of each block to the A samples of R queries, from `q, k_blocks, lse`."""
+def check_choice(
+    chosen: Int[jax.Array, "B T N n"],
+    arrays: Arrays,
+    starts: Sequence[int],
+    *,
+    block_size: int,
+    init_blocks: int = 0,
+    local_blocks: int = 1,
+    q_offset: Scalar = 0,
+    lengths: Int[jax.Array, "B"] | None = None,
+) -> dict[str, float | bool]:
+    """How far chosen blocks are from the rule (docs/attention.md, "The three branches"), by importances in float32.
+
+    Indices are not compared: importances that nearly tie may fall either way.
+
+    Args:
+      chosen: the result of `block_selection`.
+      arrays: q `[B, T, N, G, D]`, k_blocks `[B, M, N, D]` and lse `[B, T, N, G]`, NaN nowhere.
+      starts: first queries of the samples, each of `ROWS` (all, where there are fewer).
+      block_size: as in `block_selection`; so are the arguments below.
+      init_blocks: see there.
+      local_blocks: see there.
+      q_offset: see there.
+      lengths: see there.
+
+    Returns:
+      "excess": by what fraction the most important candidate left out exceeds the least important block that was taken
+      and not forced, the worst of all samples (-1 where none had such a pair); under other names how many queries of
+      the worst sample break the rule, by what they break; "fine": none does, and excess is at most `CHOICE_BOUND`.
+    """
+    places = jnp.asarray(starts, jnp.int32), jnp.int32(q_offset), lengths
+    found = choice_errors(chosen, arrays, *places, block_size, init_blocks, local_blocks)
+    broken = {name: float(value) for name, value in found.items()}
+    excess = broken.pop("excess")
+    return {"fine": excess <= CHOICE_BOUND and not any(broken.values()), "excess": excess} | broken
+
+
+@functools.partial(jax.jit, static_argnames=("block_size", "init_blocks", "local_blocks"))
+def choice_errors(
+    chosen: Int[jax.Array, "B T N n"],
+    arrays: Arrays,
+    starts: Int[jax.Array, "A"],
+    q_offset: Int[jax.Array, ""],
+    lengths: Int[jax.Array, "B"] | None,
+    block_size: int,
+    init_blocks: int = 0,
+    local_blocks: int = 1,
+) -> dict[str, jax.Array]:
+    """Excess and counts of `check_choice` as scalars on the device: of each the largest of the samples'."""
     q, k_blocks, lse = arrays
-    importances = []
-    for start in sampled_starts(spec.queries):
-        rows = slice(start, start + ROWS)
-        q32, k32 = (x.astype(jnp.float32) for x in (q[:, rows], k_blocks))
-        with jax.default_matmul_precision("highest"):
-            logits = jnp.einsum("btngd,bmnd->btngm", q32, k32) * spec.head_dim**-0.5
-        importances.append(jnp.exp(logits - lse[:, rows, ..., None]).sum(3))
-    return jnp.stack(importances)
+    count = min(ROWS, q.shape[1])
+    # One more than there are means: the current block may not be complete.
+    blocks = jnp.arange(k_blocks.shape[1] + 1)
+
+    def sample(start: jax.Array) -> dict[str, jax.Array]:
+        rows = functools.partial(_rows, axis=1, start=start, count=count)
+        t = query_indices(count, q_offset + start)
+        valid = jnp.ones((len(q), count), bool) if lengths is None else t < lengths[:, None]
+        current = (t // block_size)[:, None, None]
+        candidate = (blocks <= current) & valid[..., None, None]
+        forced = candidate & ((blocks < init_blocks) | (blocks > current - max(local_blocks, 1)))
+        importance = jnp.pad(importances(rows(q), k_blocks, rows(lse)), [(0, 0)] * 3 + [(0, 1)])
+        indices = rows(chosen)
+        there, taken = indices >= 0, (indices[..., None] == blocks).any(axis=-2)
+        wanted = jnp.minimum(candidate.sum(-1), indices.shape[-1])
+        ascending = (indices[..., 1:] > indices[..., :-1]) | ~there[..., 1:]
+        free, left = taken & ~forced, candidate & ~taken
+        least = jnp.where(free, importance, jnp.inf).min(-1)
+        most = jnp.where(left, importance, -jnp.inf).max(-1)
+        ratio = jnp.where(most == least, 1.0, most / least)
+        return {
+            "count": ((there.sum(-1) != wanted) | (taken.sum(-1) != wanted)).sum(),
+            "not ascending": (~ascending.all(-1)).sum(),
+            "forced left out": (forced & ~taken).any(-1).sum(),
+            "no candidate taken": (taken & ~candidate).any(-1).sum(),
+            "excess": jnp.max(jnp.where(free.any(-1) & left.any(-1), ratio - 1, -1.0)),
+        }
+
+    return jax.tree.map(jnp.max, jax.lax.map(sample, starts))
 
 
-def check_choice(spec: Spec, arrays: Arrays, chosen: jax.Array) -> dict[str, float]:
-    """How far a choice is from the rule, on sampled queries: the largest relative excess of an importance left out."""
-    worst = 0.0
-    importances, chosen = np.asarray(sampled_importances(spec, arrays)), np.asarray(chosen)
-    for importance, start in zip(importances, sampled_starts(spec.queries), strict=True):
-        taken = chosen[:, start : start + ROWS]
-        for b, t, n in np.ndindex(taken.shape[:3]):
-            current = (start + t) // spec.block_size
-            mine = taken[b, t, n][taken[b, t, n] >= 0]
-            if len(set(mine)) != min(spec.block_count, current + 1) or current not in mine or mine.max() > current:
-                return {"choice": float("inf")}
-            row = importance[b, t, n]
-            left = np.setdiff1d(np.arange(min(current, len(row))), mine)
-            free = mine[mine < current]
-            if len(left) and len(free):
-                worst = max(worst, float((row[left].max() - row[free].min()) / row[left].max()))
-    return {"choice": worst}
+def importances(
+    q: Float[jax.Array, "B T N G D"], k_blocks: Float[jax.Array, "B M N D"], lse: Float32[jax.Array, "B T N G"]
+) -> Float32[jax.Array, "B T N M"]:
+    """Importances (docs/attention.md, "The three branches") in float32 with TF32 off, of later blocks too."""
+    q32, k32 = q.astype(jnp.float32), k_blocks.astype(jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        logits = jnp.einsum("btngd,bmnd->btngm", q32, k32) * q.shape[-1] ** -0.5
+    return jnp.exp(logits - lse[..., None]).sum(3)
 
 
 def _rows(x: jax.Array, axis: int | None, start: Any, count: int | None) -> jax.Array:

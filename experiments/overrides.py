@@ -10,18 +10,35 @@ from typing import Any, Literal
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
+def _is_tuple(kind: Any) -> bool:
+    return typing.get_origin(getattr(kind, "__value__", kind)) is tuple
+
+
 def _describe(kind: Any) -> str:
+    if isinstance(kind, typing.TypeAliasType):
+        return _describe(kind.__value__)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin is tuple:
+        if arguments[-1] is not ... and len(set(arguments)) > 1:
+            return ", then ".join(map(_describe, arguments))
         items = "any number of" if arguments[-1] is ... else str(len(arguments))
-        return f"{items} comma-separated values, each {_describe(arguments[0])}"
+        separator = "semicolon" if _is_tuple(arguments[0]) else "comma"
+        return f"{items} {separator}-separated values, each {_describe(arguments[0])}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_describe(argument) for argument in arguments)
     if kind is types.NoneType:
         return "none"
     return {bool: "true or false", int: "an integer", float: "a number", str: "text"}.get(kind, str(kind))
+
+
+def _parts(text: str, kinds: tuple[Any, ...]) -> list[str]:
+    if _is_tuple(kinds[0]):
+        return text.split(";")
+    if kinds[0] is str and kinds[-1] is not ...:  # a text may have commas and brackets of its own
+        return text.rsplit(",", len(kinds) - 1)
+    return text.strip("()[] ").split(",")
 
 
 def _parse(text: str, kind: Any) -> Any:
@@ -35,7 +52,7 @@ def _parse(text: str, kind: Any) -> Any:
             raise ValueError
         return matches[0]
     if origin is tuple:
-        parts = [part.strip() for part in text.strip("()[] ").split(",") if part.strip()]
+        parts = [part.strip() for part in _parts(text, arguments) if part.strip()]
         kinds = [arguments[0]] * len(parts) if arguments[-1] is ... else arguments
         if len(kinds) != len(parts):
             raise ValueError

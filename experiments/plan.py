@@ -180,7 +180,7 @@ def plan(experiment: Experiment, topology: str, tokens: int, text: int) -> Plan:
 
     optimizer = make_optimizer(experiment.optimizer, train.steps, train.param_dtype)
     shapes = jax.eval_shape(functools.partial(init_state, model, train, 0, optimizer))
-    of_state = state_shardings(shapes, mesh)
+    of_state = state_shardings(shapes, mesh, experiment.mesh.rules)
     if train.offload_optimizer:
         on_host = in_host_memory(shapes.opt_state, of_state.opt_state)
         of_state = dataclasses.replace(of_state, opt_state=on_host)

@@ -53,14 +53,14 @@ def config_of(folder, **changes):
     return DataConfig(**defaults | changes)
 
 
-def pipeline_of(folder, *, split="train", seed=0, process_index=0, process_count=1, probe=None, **changes):
+def pipeline_of(folder, *, split="train", seed=0, shard_index=0, shard_count=1, probe=None, **changes):
     return build_pipeline(
         config_of(folder, **changes),
         tiny(),
         split=split,
         seed=seed,
-        process_index=process_index,
-        process_count=process_count,
+        shard_index=shard_index,
+        shard_count=shard_count,
         probe=probe,
     )
 
@@ -160,9 +160,9 @@ def test_unstated_sizes_are_probed(folder):
     ):
         assert_same(one, other)
     with pytest.raises(DataError, match=r"mp4 and 22 more: their records state no width"):
-        pipeline_of(folder, source=str(folder / "bare.json"), process_count=2)
+        pipeline_of(folder, source=str(folder / "bare.json"), shard_count=2)
     asked = pipeline_of(
-        folder, source=str(folder / "bare.json"), process_count=2, probe=lambda videos: [*map(probe_video, videos)]
+        folder, source=str(folder / "bare.json"), shard_count=2, probe=lambda videos: [*map(probe_video, videos)]
     )
     assert asked.steps_per_epoch == pipeline_of(folder).steps_per_epoch
 
@@ -172,7 +172,7 @@ def test_unstated_sizes_are_probed(folder):
 
 def test_two_hosts_hold_the_halves_of_one(folder):
     whole = take(pipeline_of(folder), 8)
-    halves = [take(pipeline_of(folder, process_index=i, process_count=2), 8) for i in range(2)]
+    halves = [take(pipeline_of(folder, shard_index=i, shard_count=2), 8) for i in range(2)]
 
     def join(path, first, second):
         return np.concatenate([first, second], axis=1 if "positions" in str(path) and first.ndim > 2 else 0)
@@ -186,10 +186,10 @@ def test_broken_files_on_one_host_change_no_shape(folder, tmp_path, caplog):
     broken = broken_copy(folder, tmp_path / "copy", [3, 4, 5, 9])
     lenient = {"max_failure_share": 0.5, "source": str(folder / "data.json")}
     sound, hurt = (
-        pipeline_of(folder, process_index=i, process_count=2, video_root=str(root), **lenient)
+        pipeline_of(folder, shard_index=i, shard_count=2, video_root=str(root), **lenient)
         for i, root in enumerate((folder, broken))
     )
-    unhurt = pipeline_of(folder, process_index=1, process_count=2, **lenient)
+    unhurt = pipeline_of(folder, shard_index=1, shard_count=2, **lenient)
     assert sound.steps_per_epoch == hurt.steps_per_epoch
     count = 2 * sound.steps_per_epoch
     lost = set()
@@ -405,13 +405,13 @@ def test_an_empty_system_prompt_drops_the_system_turn(folder):
         ({"min_pixels": 10**6}, "min_pixels is 1000000, expected 1 to max_pixels"),
         ({"max_frames": 0}, "max_frames is 0, expected at least 1"),
         (
-            {"contexts_per_batch": 3, "process_count": 2},
-            "contexts_per_batch is 3, expected a multiple of the 2 processes",
+            {"contexts_per_batch": 3, "shard_count": 2},
+            "contexts_per_batch is 3, expected a multiple of the 2 shards",
         ),
         ({"workers": -1}, "workers is -1"),
         ({"max_failure_share": 2.0}, "max_failure_share is 2.0"),
         ({"buckets": (0,)}, "buckets is"),
-        ({"process_index": 1}, "process_index is 1, expected 0 to 0"),
+        ({"shard_index": 1}, "shard_index is 1, expected 0 to 0"),
         ({"source": ""}, "train split is empty"),
         ({"source": "none.json"}, "none.json: no such file"),
     ],

@@ -152,12 +152,34 @@ def test_a_choice_against_the_rule():
     spec = dataclasses.replace(SMALL, dtype="float32")
     arrays = OPERATIONS["block_selection"].draw(spec, 0, None)
     chosen = OPERATIONS["block_selection"].call(spec, "xla", 0, *arrays)
-    assert kernel_checks.check_choice(spec, arrays, chosen)["choice"] <= 1e-5
+    starts = kernel_checks.sampled_starts(spec.queries)
+    check = functools.partial(kernel_checks.check_choice, arrays=arrays, starts=starts, block_size=spec.block_size)
+    found = check(chosen)
+    assert found["fine"]
+    assert found["excess"] <= 1e-5
     t = 149
     left = next(j for j in range(9) if j not in np.asarray(chosen[0, t, 0]))
     swapped = jnp.sort(chosen.at[0, t, 0, 0].set(left), axis=-1)
-    assert kernel_checks.check_choice(spec, arrays, swapped)["choice"] > 1e-4
-    assert kernel_checks.check_choice(spec, arrays, chosen.at[0, t, 0, 0].set(-1))["choice"] == float("inf")
+    assert check(swapped)["excess"] > 1e-4
+    assert not check(swapped)["fine"]
+    for row, broken in (
+        (chosen[0, t, 0].at[0].set(-1), "count"),
+        (chosen[0, t, 0].at[0].set(chosen[0, t, 0, 1]), "count"),
+        (chosen[0, t, 0, ::-1], "not ascending"),
+        (chosen[0, t, 0].at[-1].set(left), "forced left out"),
+    ):
+        found = check(chosen.at[0, t, 0].set(row))
+        assert found[broken] == 1
+        assert not found["fine"]
+    assert check(chosen.at[0, 0, 0, 0].set(1))["no candidate taken"] == 1
+
+
+def test_a_choice_with_an_importance_that_is_not_a_number_is_not_fine():
+    spec = dataclasses.replace(SMALL, dtype="float32")
+    q, k_blocks, lse = OPERATIONS["block_selection"].draw(spec, 0, None)
+    chosen = OPERATIONS["block_selection"].call(spec, "xla", 0, q, k_blocks, lse)
+    arrays, starts = (q, k_blocks.at[:, 0].set(jnp.nan), lse), kernel_checks.sampled_starts(spec.queries)
+    assert not kernel_checks.check_choice(chosen, arrays, starts, block_size=spec.block_size)["fine"]
 
 
 def test_the_crossover_lies_between_two_lengths():

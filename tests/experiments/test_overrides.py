@@ -33,6 +33,10 @@ def value(experiment: Experiment, path: str) -> Any:
         ("model.nsa.branches=window,selected", ("window", "selected")),
         ("model.nsa.block_size=32", 32),
         ("model.nsa=none", None),
+        (
+            "mesh.rules=(lm_head|embed){1,2}/,replicated; up_proj/kernel$,-1; .*,fsdp",
+            (("(lm_head|embed){1,2}/", "replicated"), ("up_proj/kernel$", -1), (".*", "fsdp")),
+        ),
     ],
 )
 def test_values_are_read_as_their_fields_type(override: str, expected: Any) -> None:
@@ -65,6 +69,11 @@ def test_fields_that_depend_on_each_other_change_together() -> None:
         ("train.attention=sparse", r"'sparse' is not what train\.attention expects: one of nsa, dense"),
         ("data.buckets=1,b", r"expects: any number of comma-separated values, each an integer"),
         ("model.text.mrope_section=1,2", r"expects: 3 comma-separated values, each an integer"),
+        (
+            "mesh.rules=.*,twice",
+            r"expects: any number of semicolon-separated values, each text, then an integer or one of fsdp, replicated",
+        ),
+        ("mesh.rules=(,fsdp", r"mesh\.rules has the pattern '\(', expected a regular expression: "),
         ("model.text=3", r"model\.text is a group, set one of its fields: model\.text\.vocab_size, "),
         ("model.nsa=dense", r"model\.nsa is a group, set one of its fields: model\.nsa\.block_size, "),
         ("train.steps=0", r"train\.steps is 0, expected at least 1"),

@@ -1,15 +1,21 @@
+from typing import Any
+from unittest.mock import Mock
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from training_fakes import random_batch
 
 from videonsa_jax.training import mesh as mesh_module
-from videonsa_jax.training.config import MeshConfig
+from videonsa_jax.training.config import MeshConfig, ShardingRule
 from videonsa_jax.training.mesh import (
+    AXES,
     check_batch_size,
     check_model_size,
     in_host_memory,
+    loading_shard,
     make_mesh,
     place_batch,
     state_shardings,
@@ -36,11 +42,52 @@ def test_a_mesh_that_does_not_fit_says_so(config: MeshConfig, message: str) -> N
         make_mesh(config, ONE)
 
 
-@pytest.mark.parametrize("axis", ["context", "tensor"])
-def test_axes_that_may_not_cross_hosts_yet_are_refused(axis: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match=f"mesh.{axis} is 2 on 2 hosts, expected 1 on more than one host so far"):
-        make_mesh(MeshConfig(data=1, **{axis: 2}), ONE * 2)
+def mesh_of_processes(shape: tuple[int, ...], processes: list[int]) -> Any:
+    """A mesh whose devices belong to these processes."""
+    devices = np.array([Mock(spec=jax.Device, process_index=process) for process in processes], object)
+    mesh = Mock(spec=Mesh, axis_names=AXES, devices=devices.reshape(shape), shape=dict(zip(AXES, shape, strict=True)))
+    return mesh
+
+
+@pytest.mark.parametrize(
+    ("shape", "processes", "of_process"),
+    [
+        # Every process has contexts of its own.
+        ((2, 2, 1, 1), [0, 0, 1, 1], {0: (0, 2, (0,)), 1: (1, 2, (1,))}),
+        # Two contexts, each over two processes.
+        ((1, 2, 2, 1), [0, 1, 2, 3], {0: (0, 2, (0, 1)), 3: (1, 2, (2, 3))}),
+        # Two processes each hold a half of both.
+        ((1, 2, 1, 2), [0, 1, 0, 1], {0: (0, 1, (0, 1)), 1: (0, 1, (0, 1))}),
+        # As a TPU's torus may lie: 2 x 2 chips a process.
+        (
+            (1, 4, 4, 1),
+            [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3],
+            {1: (0, 2, (0, 1)), 2: (1, 2, (2, 3))},
+        ),
+        # Processes in another order than contexts.
+        ((4, 1, 1, 1), [1, 1, 0, 0], {0: (1, 2, (0,)), 1: (0, 2, (1,))}),
+    ],
+)
+def test_processes_load_what_their_devices_hold(
+    shape: tuple[int, ...],
+    processes: list[int],
+    of_process: dict[int, tuple[int, int, tuple[int, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for process, expected in of_process.items():
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        shard = loading_shard.__wrapped__(mesh_of_processes(shape, processes))
+        assert (shard.index, shard.count, shard.processes) == expected
+        assert shard.is_shared == (len(expected[2]) > 1)
+
+
+def test_contexts_that_processes_share_in_part_are_refused() -> None:
+    message = (
+        r"mesh data 3 x fsdp 1 x context 2 x tensor 1 gives its 2 processes the contexts \(0, 1\), \(1, 2\) of each "
+        "batch, expected parts of one size that do not overlap"
+    )
+    with pytest.raises(ValueError, match=message):
+        loading_shard.__wrapped__(mesh_of_processes((3, 1, 2, 1), [0, 0, 0, 1, 1, 1]))
 
 
 def test_kv_heads_must_divide_over_the_mesh() -> None:
@@ -80,6 +127,31 @@ def test_tensor_splits_heads_the_inside_of_mlps_and_the_vocabulary() -> None:
         "embed_tokens": {"embedding": PartitionSpec("tensor", "fsdp")},
         "visual": {"blocks": {"mlp": {"up_proj": {"kernel": PartitionSpec(None, "fsdp")}}}},
     }
+
+
+def test_a_config_may_have_rules_of_its_own() -> None:
+    mesh = AbstractMesh((1, 2, 1, 4), ("data", "fsdp", "context", "tensor"))
+    state = {name: jax.ShapeDtypeStruct((512, 1024), "float32") for name in ("one", "two", "three")}
+    rules = MeshConfig(rules=(("one", "replicated"), ("two", 0), ("", "fsdp"))).rules
+    specs = jax.tree.map(lambda sharding: sharding.spec, state_shardings(state, mesh, rules))
+    assert specs == {
+        "one": PartitionSpec(),
+        "two": PartitionSpec("tensor", "fsdp"),
+        "three": PartitionSpec(None, "fsdp"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (("two", "fsdp"), r'mesh\.rules has none for one, expected a last one such as \("\.\*", "fsdp"\)'),
+        (("one", -3), r"mesh\.rules splits axis -3 of one, expected one of the 2 axes that it has"),
+    ],
+)
+def test_rules_that_do_not_fit_say_so(rule: ShardingRule, message: str) -> None:
+    mesh = AbstractMesh((1, 2, 1, 4), ("data", "fsdp", "context", "tensor"))
+    with pytest.raises(ValueError, match=message):
+        state_shardings({"one": jax.ShapeDtypeStruct((512, 1024), "float32")}, mesh, (rule,))
 
 
 def test_contexts_must_divide_over_the_mesh() -> None:

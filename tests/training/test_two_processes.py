@@ -24,17 +24,17 @@ placement.MIN_SHARDED_SIZE = 1
 loop.init_state, loop.make_forward, loop.make_losses = toy_init_state, toy_make_forward, toy_make_losses
 
 
-def build_pipeline(*_, split, process_index, process_count, **__):
+def build_pipeline(*_, split, shard_index, shard_count, **__):
     def own_rows(index):
-        if index == {stop_at} and process_index == 1:
+        if index == {stop_at} and jax.process_index() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        rows = 8 // process_count
-        own = slice(process_index * rows, (process_index + 1) * rows)
+        rows = 8 // shard_count
+        own = slice(shard_index * rows, (shard_index + 1) * rows)
         batch = random_batch(index, 8)
         parts = {{field.name: getattr(batch, field.name)[own] for field in dataclasses.fields(batch)[1:]}}
         return TrainBatch(inputs=slice_batch(batch.inputs, own), **parts)
 
-    return FakePipeline(split, own_rows, 8 // process_count)
+    return FakePipeline(split, own_rows, 8 // shard_count)
 
 
 loop.build_pipeline = build_pipeline
@@ -75,3 +75,64 @@ def test_two_processes_train_as_one_and_stop_at_a_step_that_both_agree_on(tmp_pa
         np.testing.assert_allclose(together, alone, rtol=1e-5, err_msg=name)
     assert {line["straggler_process"] for line in lines[1]} <= {0, 1}
     assert json.loads((two / "report.json").read_text())["device"]["processes"] == 2
+
+
+SHARE = """
+import dataclasses, sys
+from pathlib import Path
+import jax
+import numpy as np
+from training_fakes import (
+    CONTEXTS, FakeIterator, FakePipeline, random_batch, tiny_experiment, toy_init_state, toy_make_forward,
+    toy_make_losses,
+)
+from videonsa_jax.data.examples import clear_context
+from videonsa_jax.training import loop, processes
+
+processes.join(None)
+loop.init_state, loop.make_forward, loop.make_losses = toy_init_state, toy_make_forward, toy_make_losses
+
+
+class BrokenOnce(FakeIterator):
+    def __next__(self):
+        batch = super().__next__()
+        self.failed_rows = np.zeros(CONTEXTS, bool)
+        if self.position == 3 and jax.process_index() == {breaks}:
+            clear_context(batch, 1)
+            self.failed_rows[1] = True
+        return batch
+
+
+class Shared(FakePipeline):
+    def iterator(self):
+        return super().iterator() if self.split == "heldout" else BrokenOnce(random_batch, None)
+
+
+def build_pipeline(*_, split, shard_index, shard_count, **__):
+    assert (shard_index, shard_count) == (0, 1)
+    return Shared(split)
+
+
+loop.build_pipeline = build_pipeline
+experiment = tiny_experiment(steps=6, save_every=0)
+mesh = dataclasses.replace(experiment.mesh, data=1, context=-1)
+sys.exit(loop.train(dataclasses.replace(experiment, mesh=mesh), Path({workdir!r})))
+"""
+
+
+def test_processes_that_share_contexts_drop_what_one_of_them_cannot_load(tmp_path: Path) -> None:
+    runs = {}
+    for name, processes, breaks in (("one", 1, 0), ("two", 2, 1), ("whole", 1, -1)):
+        workdir = tmp_path / name
+        ended = run_together([SHARE.format(workdir=str(workdir), breaks=breaks)] * processes)
+        assert [status for status, _ in ended] == [0] * processes, ended
+        runs[name] = [line for line in read_metrics(workdir / "metrics.jsonl") if line["kind"] == "train"]
+    one, two, whole = ({key: [line[key] for line in run] for key in run[0]} for run in runs.values())
+    for name in ("loss", "grad_norm", "answer_tokens", "visual_tokens"):
+        # 1e-5: sums of float32 numbers in another order, through six updates.
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-5, err_msg=name)
+    assert [a < b for a, b in zip(two["answer_tokens"], whole["answer_tokens"], strict=True)] == [
+        step == 3 for step in two["step"]
+    ]
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
+    assert reports[0]["accuracy"] == reports[1]["accuracy"]

@@ -152,6 +152,7 @@ class FakeIterator(DataIterator):
     def __init__(self, make_batch: Any, count: int | None):
         self.make_batch, self.count, self.position = make_batch, count, 0
         self.failures, self.loading_seconds = Failures(), 0.0
+        self.failed_rows = np.zeros(CONTEXTS, bool)
 
     def __next__(self) -> Any:
         if self.position == self.count:

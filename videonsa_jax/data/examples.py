@@ -257,6 +257,12 @@ def clear_row(arrays: Mapping[str, np.ndarray], row: int) -> None:
         value[...] = _FILL.get(name, 0)
 
 
+def clear_context(batch: TrainBatch | EvalBatch, row: int) -> None:
+    """Makes context `row` of a batch of NumPy arrays one that only fills up."""
+    own = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "inputs"}
+    clear_row(vars(batch.inputs) | own, row)
+
+
 def fill_row(arrays: Mapping[str, np.ndarray], row: int, example: Example) -> None:
     """Writes an example into row `row` of arrays that `empty_arrays` made."""
     target = _row(arrays, row)

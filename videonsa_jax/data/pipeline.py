@@ -198,6 +198,8 @@ class DataIterator:
 
     Attributes:
       failures: what went wrong so far.
+      failed_rows: [rows], which of the last batch only fill up because they could not be loaded, now or before the run
+        was resumed.
       loading_seconds: CPU seconds that loader threads or processes have spent on what was yielded so far.
     """
 
@@ -208,6 +210,7 @@ class DataIterator:
         self._skips: dict[tuple[int, int], str] = {}
         self._warned: set[str] = set()
         self.failures = Failures()
+        self.failed_rows = np.zeros(len(pipeline._loader.rows), bool)
         self.loading_seconds = 0.0
 
     def __iter__(self) -> "DataIterator":
@@ -228,10 +231,11 @@ class DataIterator:
         self.loading_seconds += element["seconds"]
         failed = {failure["row"] for failure in element["failures"]}
         rows = self._pipeline._loader.rows
-        for row in set(rows) - failed:
-            if (step, row) in self._skips:
-                clear_row(element["arrays"], row - rows.start)
-                self.failures.counts["replayed"] += 1
+        replayed = {row for row in rows if (step, row) in self._skips} - failed
+        for row in replayed:
+            clear_row(element["arrays"], row - rows.start)
+            self.failures.counts["replayed"] += 1
+        self.failed_rows = np.array([row in failed | replayed for row in rows])
         for failure in element["failures"]:
             self._skips[step, failure["row"]] = failure["records"]
             self._report(failure["message"])
@@ -366,7 +370,7 @@ def open_chat(config: DataConfig, split: Split = "train") -> Chat:
     return load_chat(_files(config, split)[2], system_prompt=config.system_prompt)
 
 
-def _check(config: DataConfig, process_index: int, process_count: int) -> None:
+def _check(config: DataConfig, shard_index: int, shard_count: int) -> None:
     def require(holds: bool, name: str, expected: str) -> None:
         if not holds:
             raise DataError(f"DataConfig: {name} is {getattr(config, name)}, expected {expected}")
@@ -383,12 +387,12 @@ def _check(config: DataConfig, process_index: int, process_count: int) -> None:
     require(0 <= config.max_failure_share <= 1, "max_failure_share", "0 to 1")
     require(all(length >= 1 for length in config.buckets), "buckets", "positive lengths")
     require(
-        config.contexts_per_batch % process_count == 0,
+        config.contexts_per_batch % shard_count == 0,
         "contexts_per_batch",
-        f"a multiple of the {process_count} processes",
+        f"a multiple of the {shard_count} shards that hosts load",
     )
-    if not 0 <= process_index < process_count:
-        raise DataError(f"process_index is {process_index}, expected 0 to {process_count - 1}")
+    if not 0 <= shard_index < shard_count:
+        raise DataError(f"shard_index is {shard_index}, expected 0 to {shard_count - 1}")
 
 
 def _check_options(records: tuple[Record, ...], chat: Chat) -> None:
@@ -400,7 +404,8 @@ def _check_options(records: tuple[Record, ...], chat: Chat) -> None:
             )
 
 
-def _refuse_probing(videos: list[str]) -> list[str]:
+def refuse_probing(videos: list[str]) -> list[str]:
+    """The `probe` of hosts that might find different things in what should be one file."""
     raise DataError(
         f"{videos[0]} and {len(videos) - 1} more: their records state no width, height and duration, expected them "
         "where several processes load, or data.video_index (python -m experiments.index builds it)"
@@ -413,8 +418,8 @@ def build_pipeline(
     *,
     split: Split,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    shard_index: int = 0,
+    shard_count: int = 1,
     probe: Probe | None = None,
 ) -> Pipeline:
     """Indexes a split.
@@ -424,16 +429,16 @@ def build_pipeline(
       model: token sizes, M-RoPE rule, vocabulary.
       split: "train" (`config.source`, shuffled, endless) or "heldout" (`config.heldout`, in file order, once).
       seed: of the training order.
-      process_index: this host.
-      process_count: hosts; each gets contexts_per_batch / process_count consecutive rows of every batch.
+      shard_index: which part of every batch this host loads.
+      shard_count: parts, of contexts_per_batch / shard_count consecutive rows each.
       probe: says what videos hold of which neither the video index nor their records do; None reads their headers
-        here. With several processes it must give all of them the same answer.
+        here, unless there are several shards. It must give all hosts the same answer.
 
     Raises:
       DataError: settings, records or options cannot be used.
       ChatError: likewise the tokenizer.
     """
-    _check(config, process_index, process_count)
+    _check(config, shard_index, shard_count)
     answered = split == "train"
     tokenizer = _files(config, split)[2]
     chat = load_chat(tokenizer, system_prompt=config.system_prompt)
@@ -444,12 +449,12 @@ def build_pipeline(
     records, dropped = split_records(config, split)
     if answered and config.questions_per_row > 1:
         records = join_turns(records, config.questions_per_row)
-    probe = probe or (probe_videos if process_count == 1 else _refuse_probing)
+    probe = probe or (probe_videos if shard_count == 1 else refuse_probing)
     indexed = read_video_index(config.video_index) if config.video_index else None
     index = build_index(records, chat, config, model, answered=answered, probe=probe, indexed=indexed)
     if not answered:
         _check_options(index.records, chat)
-    rows = config.contexts_per_batch // process_count
+    rows = config.contexts_per_batch // shard_count
     shapes = tuple(
         BatchShape(
             contexts=rows,
@@ -475,7 +480,7 @@ def build_pipeline(
         model=model,
         schedule=schedule,
         shapes=shapes,
-        rows=range(process_index * rows, (process_index + 1) * rows),
+        rows=range(shard_index * rows, (shard_index + 1) * rows),
         rows_per_part=max(1, _PART_BYTES // max(math.prod((s.frames, s.patches, s.patch_dim)) for s in shapes)),
         answered=answered,
     )

@@ -106,7 +106,7 @@ class Decoder(nnx.Module):
     """All decoder layers.
 
     `layers` holds every layer but the last, stacked along a leading axis and scanned; `last_layer` stands apart
-    because its visual half is skipped (docs/attention.md, "The last layer"). To slice one common stack would copy the
+    because its visual half is skipped (docs/attention.md, "Last layer"). To slice one common stack would copy the
     weights in every step.
     """
 

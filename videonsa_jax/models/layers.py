@@ -79,7 +79,10 @@ def linear(
     kernel_init: nnx.Initializer | None = None,
     rows: Rows = "tokens",
 ) -> nnx.Linear:
-    """A linear map `[..., in] -> [..., out]`, computed in `dtype`; kernel `[in, out]`, fan-in scaled unless told."""
+    """A linear map `[..., in] -> [..., out]`, computed in `dtype`; kernel `[in, out]`, fan-in scaled unless told.
+
+    `rows` says what the leading axes of its inputs are, and so where they lie on a mesh (`placement.split_product`).
+    """
     return nnx.Linear(
         in_features,
         out_features,
@@ -92,13 +95,15 @@ def linear(
     )
 
 
-def _padded(layer: nnx.Linear, x: Float[Array, "*L in"], *, rows: int = 0, columns: int = 0) -> Float[Array, "*L out"]:
+def _padded(
+    layer: nnx.Linear, x: Float[Array, "*L in"], *, inputs: int = 0, outputs: int = 0
+) -> Float[Array, "*L out"]:
     """`layer(x)` with that many more inputs or outputs, all of whose weights are 0."""
-    if rows == columns == 0:
+    if inputs == outputs == 0:
         return layer(x)
     x, kernel = x.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)
-    y = layer.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), fill=(rows, columns))
-    return y if layer.bias is None else y + jnp.pad(layer.bias[...].astype(layer.dtype), (0, columns))
+    y = layer.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), fill=(inputs, outputs))
+    return y if layer.bias is None else y + jnp.pad(layer.bias[...].astype(layer.dtype), (0, outputs))
 
 
 class RMSNorm(nnx.Module):
@@ -139,8 +144,8 @@ class GatedMLP(nnx.Module):
     def __call__(self, x: Float[Array, "*L hidden"]) -> Float[Array, "*L hidden"]:
         """Applies the MLP to each token."""
         fill = -self.down_proj.in_features % ALIGNED_FEATURES
-        inside = nnx.silu(_padded(self.gate_proj, x, columns=fill)) * _padded(self.up_proj, x, columns=fill)
-        return _padded(self.down_proj, inside, rows=fill)
+        inside = nnx.silu(_padded(self.gate_proj, x, outputs=fill)) * _padded(self.up_proj, x, outputs=fill)
+        return _padded(self.down_proj, inside, inputs=fill)
 
 
 def stack[Layer: nnx.Module](make_layer: Callable[[nnx.Rngs], Layer], count: int, rngs: nnx.Rngs) -> Layer:

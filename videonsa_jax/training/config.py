@@ -1,5 +1,6 @@
 """Everything a training run is told, as frozen dataclasses; `experiments/configs` holds the named ones."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -50,14 +51,46 @@ class OptimizerConfig:
         _require(self.weight_decay >= 0, "optimizer", "weight_decay", self.weight_decay, "at least 0")
 
 
+# Pattern of an array's path, and what of the array is split.
+type ShardingRule = tuple[str, int | Literal["fsdp", "replicated"]]
+
+SHARDING_RULES: tuple[ShardingRule, ...] = (
+    (r"(^|/)(step|count|bias|scale)$", "replicated"),
+    # Columns, then rows: one sum over `tensor` for each pair. Heads lie KV head by KV head, so a part has whole groups.
+    (r"(^|/)decoder/.*(q_proj|k_proj|v_proj|g_proj_2|gate_proj|up_proj)/kernel$", -1),
+    (r"(^|/)decoder/.*(o_proj|down_proj)/kernel$", -2),
+    # The vocabulary.
+    (r"(^|/)lm_head/kernel$", -1),
+    (r"(^|/)embed_tokens/embedding$", -2),
+    (r".*", "fsdp"),
+)
+
+
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 = what is left over. Their product must equal the number of devices."""
+    """Devices along each mesh axis, and what of the training state they split.
+
+    Attributes:
+      data, fsdp, context, tensor: devices; -1 = what is left over. Their product must equal the number of devices.
+      rules: the first one whose pattern is found in an array's path decides. A number is the axis split over `tensor`;
+        there, and where a rule says "fsdp", another axis is split over `fsdp` and `context`. On the command line,
+        "pattern,split" separated by semicolons, such as `mesh.rules=embed_tokens,replicated; .*,fsdp`.
+    """
 
     data: int = -1
     fsdp: int = 1
     context: int = 1
     tensor: int = 1
+    rules: tuple[ShardingRule, ...] = SHARDING_RULES
+
+    def __post_init__(self) -> None:
+        for pattern, _ in self.rules:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"mesh.rules has the pattern {pattern!r}, expected a regular expression: {error}"
+                ) from None
 
 
 @dataclass(frozen=True)

@@ -58,11 +58,11 @@ def environment() -> dict[str, Any]:
             "cpu_count": os.cpu_count(),
             "peak_bytes": (devices[0].memory_stats() or {}).get("peak_bytes_in_use"),
         },
-        "command": _command(),
+        "command": command_line(),
     }
 
 
-def _command() -> list[str]:
+def command_line() -> list[str]:
     """What was typed, without the place of this checkout."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return ["python", "-m", spec.name, *sys.argv[1:]] if spec else ["python", Path(sys.argv[0]).name, *sys.argv[1:]]

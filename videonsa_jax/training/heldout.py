@@ -8,13 +8,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from videonsa_jax.data.examples import EvalBatch
-from videonsa_jax.training.mesh import place_batch
+from videonsa_jax.training.loading import place_agreed
 
 
 def evaluate(
     choose: Callable[..., dict[str, jax.Array]],
     params: Any,
-    batches: Iterator[EvalBatch],
+    batches: Iterator[tuple[EvalBatch, np.ndarray]],
     mesh: Mesh,
     *,
     stopped: Callable[[], bool],
@@ -24,7 +24,7 @@ def evaluate(
     Args:
       choose: `choose_options`, compiled, with replicated outputs.
       params: the model's parameters.
-      batches: of the held-out split.
+      batches: of the held-out split, each with its contexts that could not be loaded.
       mesh: from `make_mesh`.
       stopped: asked before each batch; once true, the answers so far are returned.
 
@@ -39,10 +39,10 @@ def evaluate(
         right.update(zip(ids[asked].tolist(), (predicted == answer)[asked].tolist(), strict=True))
 
     pending = None
-    for batch in batches:
+    for batch, failed_rows in batches:
         if stopped():
             break
-        chosen = choose(params, place_batch(batch, mesh))
+        chosen = choose(params, *place_agreed([batch], [failed_rows], mesh))
         if pending is not None:  # one batch behind, so that the next one is read while the devices work
             collect(pending)
         pending = chosen

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from videonsa_jax.data.pipeline import DataIterator, build_pipeline
+from videonsa_jax.data.pipeline import DataIterator, build_pipeline, refuse_probing
 from videonsa_jax.data.sources import DataError
 from videonsa_jax.streams import Batch, TrainBatch
 from videonsa_jax.training import checkpoints
@@ -30,10 +30,12 @@ from videonsa_jax.training.export import EXPORT_FOLDER, export_model, model_of_s
 from videonsa_jax.training.flops import peak_flops_per_second, train_flops, trained_parts
 from videonsa_jax.training.frozen import split_params
 from videonsa_jax.training.heldout import evaluate
+from videonsa_jax.training.loading import place_agreed
 from videonsa_jax.training.mesh import (
     check_batch_size,
     check_model_size,
     in_host_memory,
+    loading_shard,
     make_mesh,
     place_batch,
     state_shardings,
@@ -100,13 +102,15 @@ class StepInput:
     """The batches of one optimiser step.
 
     Attributes:
-      batches: on the devices.
-      flops: of this process' part of them; None if they are not counted.
+      batches: on the devices, or NumPy arrays where processes that load the same contexts have to agree on them first.
+      failed_rows: of each batch, which contexts this process could not load.
+      flops: of this process' share of them; None if they are not counted.
       loading_seconds: CPU seconds that loading this process' part took.
       iterator_state: the data iterator's, after them.
     """
 
     batches: list[TrainBatch]
+    failed_rows: list[np.ndarray]
     flops: float | None
     loading_seconds: float
     iterator_state: dict[str, Any]
@@ -115,13 +119,18 @@ class StepInput:
 def fetch_step(
     iterator: DataIterator, accumulation: int, mesh: Mesh, count_flops: Callable[[Batch], float | None]
 ) -> StepInput:
-    """Reads and places one optimiser step's batches."""
-    loading_before = iterator.loading_seconds
-    read = [next(iterator) for _ in range(accumulation)]
-    counted = [count_flops(batch.inputs) for batch in read]
-    flops = None if None in counted else sum(counted)
+    """Reads one optimiser step's batches, and places them unless other processes load the same contexts."""
+    loading_before, shard = iterator.loading_seconds, loading_shard(mesh)
+    batches, failed_rows = [], []
+    for _ in range(accumulation):
+        batches.append(next(iterator))
+        failed_rows.append(iterator.failed_rows)
+    counted = [count_flops(batch.inputs) for batch in batches]
+    flops = None if None in counted else sum(counted) / len(shard.processes)
     loading = iterator.loading_seconds - loading_before
-    return StepInput([place_batch(batch, mesh) for batch in read], flops, loading, iterator.get_state())
+    if not shard.is_shared:
+        batches = place_agreed(batches, failed_rows, mesh)
+    return StepInput(batches, failed_rows, flops, loading, iterator.get_state())
 
 
 def gather_figures(own: np.ndarray) -> np.ndarray:
@@ -188,6 +197,7 @@ def train(
             mesh = make_mesh(experiment.mesh)
             check_batch_size(experiment.data.contexts_per_batch, mesh)
             check_model_size(experiment.model.text.num_key_value_heads, mesh)
+            shard = loading_shard(mesh)
             if profile and profile[-1] > config.steps:
                 raise ValueError(f"--profile names step {profile[-1]}, expected at most train.steps ({config.steps})")
             if config.export and jax.process_count() > 1:
@@ -219,8 +229,9 @@ def train(
                     experiment.model,
                     split=split,
                     seed=seed,
-                    process_index=jax.process_index(),
-                    process_count=jax.process_count(),
+                    shard_index=shard.index,
+                    shard_count=shard.count,
+                    probe=refuse_probing if jax.process_count() > 1 else None,
                 )
                 for split in ("train", "heldout")
                 if split == "train" or experiment.data.heldout
@@ -245,7 +256,8 @@ def train(
         init = functools.partial(init_state, experiment.model, config, seed, optimizer)
         with usage_errors():
             shapes = jax.eval_shape(init)
-        shardings = state_shardings(shapes, mesh)
+        with usage_errors():
+            shardings = state_shardings(shapes, mesh, experiment.mesh.rules)
         if config.offload_optimizer:
             with usage_errors():
                 on_host = in_host_memory(shapes.opt_state, shardings.opt_state)
@@ -313,7 +325,7 @@ def train(
             batches = math.ceil(contexts / experiment.data.contexts_per_batch) if contexts else None
             start, compiled_before = time.perf_counter(), choose.seconds
             with contextlib.closing(pipelines["heldout"].iterator()) as questions:
-                first = itertools.islice(questions, batches)
+                first = ((batch, questions.failed_rows) for batch in itertools.islice(questions, batches))
                 right = evaluate(choose, state.params, first, mesh, stopped=stop.agreed)
             spent["evaluation_seconds"] += time.perf_counter() - start - (choose.seconds - compiled_before)
             if not right or stop.agreed():
@@ -364,7 +376,10 @@ def train(
             reading = read() if step + 1 < config.steps else None  # one step ahead, while the devices work
 
             sums, rows = None, []
-            for batch in fetched.batches:
+            batches = fetched.batches
+            if shard.is_shared:
+                batches = place_agreed(batches, fetched.failed_rows, mesh)
+            for batch in batches:
                 sums, batch_rows = add_batch(state.params, sums, batch)
                 rows.append(batch_rows)
             state, metrics = update(state, sums)

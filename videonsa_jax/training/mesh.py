@@ -1,9 +1,12 @@
 """Devices as a mesh, and which array axis lies along which mesh axis."""
 
+import functools
 import math
 import re
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,26 +14,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from videonsa_jax.models import placement
 from videonsa_jax.streams import BATCH_AXIS_SECOND
-from videonsa_jax.training.config import MeshConfig
+from videonsa_jax.training.config import SHARDING_RULES, MeshConfig, ShardingRule
 
 AXES = ("data", "fsdp", "context", "tensor")
-BATCH_AXES = ("data", "fsdp")
 HOST_MEMORY = "pinned_host"
-
-type Rule = tuple[str, int | Literal["fsdp", "replicated"]]
-
-# The first rule whose pattern is found in an array's path decides. A number is the axis split over `tensor`; there, and
-# where a rule says so alone, another axis is split over `fsdp` and `context` (`placement.weight_split`).
-RULES: tuple[Rule, ...] = (
-    (r"(^|/)(step|count|bias|scale)$", "replicated"),
-    # Columns, then rows: one sum over `tensor` for each pair. Heads lie KV head by KV head, so a part has whole groups.
-    (r"(^|/)decoder/.*(q_proj|k_proj|v_proj|g_proj_2|gate_proj|up_proj)/kernel$", -1),
-    (r"(^|/)decoder/.*(o_proj|down_proj)/kernel$", -2),
-    # The vocabulary.
-    (r"(^|/)lm_head/kernel$", -1),
-    (r"(^|/)embed_tokens/embedding$", -2),
-    (r"", "fsdp"),
-)
 
 # Axis of a batch's arrays that is split over `context`: frames, and tokens of the visual stream.
 CONTEXT_AXES = {"patches": 1, "frame_grids": 1, "visual_source": 1, "visual_positions": 2, "visible_text": 1}
@@ -45,7 +32,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       devices: devices to lay out; None = all of them, over all hosts.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices, or an axis cannot be used on several hosts yet.
+      ValueError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in AXES}
@@ -61,12 +48,55 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if int(np.prod(list(sizes.values()))) != len(devices):
         shape = " x ".join(f"{axis} {getattr(config, axis)}" for axis in AXES)
         raise ValueError(f"mesh {shape} does not fit {len(devices)} device(s)")
-    hosts = jax.process_count()
-    for axis in ("context", "tensor"):
-        # The loader gives each host contexts of its own: hosts that share some would have to read the same.
-        if sizes[axis] > 1 and hosts > 1:
-            raise ValueError(f"mesh.{axis} is {sizes[axis]} on {hosts} hosts, expected 1 on more than one host so far")
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+@dataclass(frozen=True)
+class LoadingShard:
+    """The part of every batch that this process loads.
+
+    Attributes:
+      index: among the parts, below `count`; with `count`, what grain calls a shard of the data.
+      count: parts that a batch is loaded in.
+      processes: that load this part; several where `context` or `tensor` splits contexts over processes.
+    """
+
+    index: int
+    count: int
+    processes: tuple[int, ...]
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes load the same contexts; true on all processes or on none."""
+        return len(self.processes) > 1
+
+
+@functools.cache
+def loading_shard(mesh: Mesh) -> LoadingShard:
+    """The part of a batch that this process' devices hold, B lying over data x fsdp.
+
+    Raises:
+      ValueError: processes hold contexts that overlap in part, or one holds more than another.
+    """
+    names = mesh.axis_names
+    others = tuple(axis for axis, name in enumerate(names) if name not in placement.DATA_AXES)
+    by_context = np.moveaxis(mesh.devices, others, range(-len(others), 0))
+    by_context = by_context.reshape(-1, int(np.prod([mesh.devices.shape[axis] for axis in others])))
+    held: dict[int, set[int]] = defaultdict(set)
+    for context, devices in enumerate(by_context):
+        for device in devices:
+            held[device.process_index].add(context)
+    parts = sorted({tuple(sorted(contexts)) for contexts in held.values()})
+    if sum(map(len, parts)) != len(by_context) or len({len(part) for part in parts}) > 1:
+        sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+        raise ValueError(
+            f"mesh {sizes} gives its {len(held)} processes the contexts {', '.join(map(str, parts))} of each batch, "
+            "expected parts of one size that do not overlap: let data x fsdp, or context x tensor, be a multiple of a "
+            "process' devices"
+        )
+    own = tuple(sorted(held[jax.process_index()]))
+    sharing = tuple(sorted(process for process, contexts in held.items() if tuple(sorted(contexts)) == own))
+    return LoadingShard(parts.index(own), len(parts), sharing)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -74,10 +104,14 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Sequence[Rule]) -> PartitionSpec:
-    rule = next(rule for pattern, rule in rules if re.search(pattern, path))
+def _spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Sequence[ShardingRule]) -> PartitionSpec:
+    rule = next((rule for pattern, rule in rules if re.search(pattern, path)), None)
+    if rule is None:
+        raise ValueError(f'mesh.rules has none for {path}, expected a last one such as (".*", "fsdp")')
     if rule == "replicated" or math.prod(shape) < placement.MIN_SHARDED_SIZE:
         return PartitionSpec()
+    if rule != "fsdp" and not -len(shape) <= rule < len(shape):
+        raise ValueError(f"mesh.rules splits axis {rule} of {path}, expected one of the {len(shape)} axes that it has")
     names: list[str | tuple[str, ...] | None] = [None] * len(shape)
     taken = ()
     if rule != "fsdp" and mesh.shape["tensor"] > 1 and shape[rule] % mesh.shape["tensor"] == 0:
@@ -90,16 +124,19 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: S
     return PartitionSpec(*names)
 
 
-def state_shardings(state: Any, mesh: Mesh | AbstractMesh, rules: Sequence[Rule] = RULES) -> Any:
+def state_shardings(state: Any, mesh: Mesh | AbstractMesh, rules: Sequence[ShardingRule] = SHARDING_RULES) -> Any:
     """Shardings of a training state: the optimiser's moments lie as their parameters do.
 
     Args:
       state: pytree of arrays or of their shapes.
       mesh: from `make_mesh`.
-      rules: (pattern of the path, what is split) in order of precedence; see `RULES`.
+      rules: in order of precedence, as `MeshConfig` describes them.
 
     Returns:
       The same tree with a `NamedSharding` for each array.
+
+    Raises:
+      ValueError: no rule is for an array, or one splits an axis that the array lacks.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, _spec(path_name(path), leaf.shape, mesh, rules)), state
@@ -133,17 +170,19 @@ def batch_sharding(field: str, mesh: Mesh) -> NamedSharding:
 
     Its contexts are split over data and fsdp, its frames and visual tokens over context.
     """
-    names = [*(None,) * (field in BATCH_AXIS_SECOND), BATCH_AXES]
+    names = [*(None,) * (field in BATCH_AXIS_SECOND), placement.DATA_AXES]
     if mesh.shape["context"] > 1 and field in CONTEXT_AXES:
         names += [*(None,) * (CONTEXT_AXES[field] - len(names)), "context"]
     return NamedSharding(mesh, PartitionSpec(*names))
 
 
 def place_batch[AnyBatch](batch: AnyBatch, mesh: Mesh) -> AnyBatch:
-    """Puts this process' rows of a batch on its devices, as parts of the global batch.
+    """Puts this process' contexts of a batch (`loading_shard`) on its devices, as parts of the global batch.
 
     Frames and visual tokens are padded to whole parts of `context`, tokens to two stripes each.
     """
+
+    shards = loading_shard(mesh).count
 
     def place(path: tuple[Any, ...], array: np.ndarray) -> jax.Array:
         field = path_name(path[-1:])
@@ -152,14 +191,16 @@ def place_batch[AnyBatch](batch: AnyBatch, mesh: Mesh) -> AnyBatch:
             missing = -array.shape[CONTEXT_AXES[field]] % parts
             if missing:
                 array = np.pad(array, [(0, missing * (axis == CONTEXT_AXES[field])) for axis in range(array.ndim)])
-        return jax.make_array_from_process_local_data(batch_sharding(field, mesh), array)
+        contexts = 1 if field in BATCH_AXIS_SECOND else 0
+        shape = tuple(size * (shards if axis == contexts else 1) for axis, size in enumerate(array.shape))
+        return jax.make_array_from_process_local_data(batch_sharding(field, mesh), array, shape)
 
     return jax.tree_util.tree_map_with_path(place, batch)
 
 
 def check_batch_size(contexts_per_batch: int, mesh: Mesh | AbstractMesh) -> None:
     """Raises a ValueError unless a batch's contexts divide over the mesh."""
-    parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    parts = int(np.prod([mesh.shape[axis] for axis in placement.DATA_AXES]))
     if contexts_per_batch % parts:
         raise ValueError(
             f"data.contexts_per_batch is {contexts_per_batch}, expected a multiple of mesh data x fsdp = {parts}"
