@@ -9,7 +9,7 @@ WANTED := $(shell cat .python-version)
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test test-slow test-gpu test-tpu-aot test-gpu-aot parity lint format clean
+.PHONY: help env train test test-slow test-tpu-aot test-gpu-aot parity lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,17 +26,14 @@ $(VENV)/.complete: requirements.txt .python-version
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	@touch $@
 
-train: env ## train CONFIG (default nsa_video) on the embedded clips; ARGS="--set train.steps=100"
+train: env ## train CONFIG (default nsa_video) on the embedded clips; ARGS="--workdir=runs/short --set train.steps=100"
 	$(PYTHON) -m experiments.train --config=$(CONFIG) $(ARGS)
 
 test: env ## the CPU test suite
-	$(PYTHON) -m pytest -n $(WORKERS) -m "not slow and not gpu and not tpu_aot and not gpu_aot" $(ARGS)
+	$(PYTHON) -m pytest -n $(WORKERS) -m "not slow and not tpu_aot and not gpu_aot" $(ARGS)
 
 test-slow: env ## minutes-long cases
 	$(PYTHON) -m pytest -m slow $(ARGS)
-
-test-gpu: env ## cases that need an NVIDIA GPU
-	JAX_PLATFORMS=cuda $(PYTHON) -m pytest -m gpu $(ARGS)
 
 .venv-tpu/.complete: requirements-tpu.txt requirements.txt .python-version
 	rm -rf $(@D)

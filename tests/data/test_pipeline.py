@@ -345,17 +345,22 @@ def test_skips_are_replayed_where_the_file_is_readable_again(folder, tmp_path):
     broken = broken_copy(folder, tmp_path / "copy", [3, 4, 10])
     pipeline = pipeline_of(broken, max_failure_share=0.5)
     iterator = pipeline.iterator()
-    first = [next(iterator) for _ in range(pipeline.steps_per_epoch)]
+    first, failed = [], []
+    for _ in range(pipeline.steps_per_epoch):
+        first.append(next(iterator))
+        failed.append(iterator.failed_rows)
     state = iterator.get_state()
     iterator.close()
-    assert len(state["skips"]) == 4  # one video has two contexts
+    assert len(state["skips"]) == np.sum(failed) == 4  # one video has two contexts
     for number in (3, 4, 10):
         shutil.copy(folder / f"{number}.mp4", broken / f"{number}.mp4")
     again = pipeline_of(broken, max_failure_share=0.5)
     replay = again.iterator()
     replay.set_state(state | {"next_step": 0, "contexts": 0, "failed": {}})
-    for expected in first:
+    for expected, rows in zip(first, failed, strict=True):
         assert_same(next(replay), expected)
+        np.testing.assert_array_equal(replay.failed_rows, rows)
+        assert (expected.sample_ids[rows] == -1).all()
     assert replay.failures.counts == {"replayed": 4}
     assert replay.get_state()["skips"] == state["skips"]
     ids = {i for _ in range(pipeline.steps_per_epoch) for i in next(replay).sample_ids.ravel().tolist()}

@@ -170,17 +170,19 @@ def test_a_command_without_a_config_is_refused(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_stop_together(folder: Path) -> None:
+@pytest.mark.parametrize("axis", ["data", "context"])  # contexts of their own, or parts of the same
+def test_two_processes_train_as_one_and_stop_together(folder: Path, axis: str) -> None:
     expect_status(start(folder, "one"), 0)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    processes = [start(folder, "hosts", f"--multihost=localhost:{port},2,{index}") for index in range(2)]
-    send_at_step(processes[1], folder / "hosts", 4, signal.SIGTERM)
+    workdir, mesh = f"hosts_{axis}", {"mesh.data": 1, f"mesh.{axis}": 2}
+    processes = [start(folder, workdir, f"--multihost=localhost:{port},2,{index}", **mesh) for index in range(2)]
+    send_at_step(processes[1], folder / workdir, 4, signal.SIGTERM)
     for process in processes:
         expect_status(process, 75)
-    assert max(losses(folder / "hosts")) < STEPS
-    expect_status(start(folder, "hosts"), 0)  # one process takes over from two
-    one, two = losses(folder / "one"), losses(folder / "hosts")
+    assert max(losses(folder / workdir)) < STEPS
+    expect_status(start(folder, workdir), 0)  # one process takes over from two
+    one, two = losses(folder / "one"), losses(folder / workdir)
     # 1e-4: sums of float32 numbers in another order, through twelve updates.
     np.testing.assert_allclose([two[step] for step in one], list(one.values()), rtol=1e-4)
