@@ -202,7 +202,7 @@ def plan(experiment: Experiment, topology: str, tokens: int, text: int) -> Plan:
             "update": (jax.jit(update, donate_argnums=0, out_shardings=(of_state, replicated)), (state, sums)),
         }
         programs = {
-            name: program_of(functools.partial(function.lower, *arguments), chip, mesh)
+            name: program_of(functools.partial(function.lower, *arguments), chip, mesh, sparse_cores=train.sparse_cores)
             for name, (function, arguments) in jitted.items()
         }
         kept = _kept_bytes(losses, train, state.params, batch)

@@ -87,16 +87,17 @@ class Program:
 _UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40, "": 1}
 
 
-def program_of(lower: Callable[[], Any], chip: Chip, mesh: Mesh) -> Program:
+def program_of(lower: Callable[[], Any], chip: Chip, mesh: Mesh, *, sparse_cores: bool) -> Program:
     """Compiles a program as the loop does and reads what the compiler says of it.
 
     Args:
       lower: gives the lowered program.
       chip: what it is for.
       mesh: the devices.
+      sparse_cores: as `train.sparse_cores`.
     """
     try:
-        compiled = compile_program(lower(), mesh)
+        compiled = compile_program(lower(), mesh, sparse_cores=sparse_cores)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

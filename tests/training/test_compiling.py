@@ -77,14 +77,28 @@ def test_several_gpus_never_run_a_mixed_sum(text: str, monkeypatch: pytest.Monke
     assert "all-reduce-reassociate" in options["xla_disable_hlo_passes"]
 
 
+def tpus(kind: str, devices: int) -> Mock:
+    return Mock(spec=Mesh, size=devices, devices=np.array([Mock(platform="tpu", device_kind=kind)] * devices))
+
+
 @pytest.mark.parametrize(
-    ("kind", "devices", "offloads"),
-    [("TPU v6 lite", 4, True), ("TPU v5", 4, True), ("TPU v5 lite", 4, False), ("TPU v6 lite", 1, False)],
+    ("kind", "devices", "asked", "offloads"),
+    [
+        ("TPU v6 lite", 4, True, True),
+        ("TPU v5", 4, True, True),
+        ("TPU v6 lite", 4, False, False),
+        ("TPU v5 lite", 4, False, False),
+        ("TPU v6 lite", 1, True, False),
+    ],
 )
-def test_sparse_cores_exchange_where_there_are_any(kind: str, devices: int, offloads: bool) -> None:
-    mesh = Mock(spec=Mesh, size=devices, devices=np.array([Mock(platform="tpu", device_kind=kind)] * devices))
-    options = compiling.compiler_options(mesh)
+def test_sparse_cores_exchange_where_they_are_asked(kind: str, devices: int, asked: bool, offloads: bool) -> None:
+    options = compiling.compiler_options(tpus(kind, devices), sparse_cores=asked)
     assert ("xla_tpu_enable_sparse_core_collective_offload_all_gather" in options) == offloads
+
+
+def test_sparse_cores_that_are_not_there_are_not_asked() -> None:
+    with pytest.raises(ValueError, match=r"train\.sparse_cores is true on a TPU v5 lite, expected one of TPU v5, "):
+        compiling.compiler_options(tpus("TPU v5 lite", 4), sparse_cores=True)
 
 
 @pytest.mark.gpu_aot

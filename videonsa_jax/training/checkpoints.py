@@ -21,6 +21,7 @@ FREE_FIELDS = (
     "train.vision_remat",
     "train.loss_chunk",
     "train.offload_optimizer",
+    "train.sparse_cores",
     "train.log_every",
     "train.eval_every",
     "train.eval_contexts",

@@ -1,5 +1,6 @@
 """Compiling the programs of a step: ahead of their first use, on time that is counted, and rightly."""
 
+import functools
 import re
 import time
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from jax.stages import Compiled, Lowered
 # gradients of norms, where a batch has one question a video.
 _PASSES_THAT_MIX_TYPES = "all-reduce-reassociate,reduce-scatter-reassociate"
 
-# SparseCores gather and reduce-scatter while the TensorCore computes, if told so, where the devices that exchange lie
-# along one axis of the torus. v5e has none: there gathers are steps of fused products, without being told.
+# SparseCores gather and reduce-scatter while the TensorCore computes, where the devices that exchange lie along one
+# axis of the torus. v5e has none: there gathers are steps of fused products, without being told.
 _WITH_SPARSE_CORES = ("TPU v5", "TPU v5p", "TPU v6 lite")
 _EXCHANGES_ON_SPARSE_CORES = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
@@ -38,15 +39,16 @@ class TimedJit:
       seconds: that callers stood still for tracing and compiling so far.
     """
 
-    def __init__(self, function: Callable, mesh: Mesh, **options: Any):
-        self._jitted, self._mesh = jax.jit(function, **options), mesh
+    def __init__(self, function: Callable, mesh: Mesh, *, sparse_cores: bool = False, **options: Any):
+        self._jitted = jax.jit(function, **options)
+        self._compile = functools.partial(compile_program, mesh=mesh, sparse_cores=sparse_cores)
         self._programs: dict[Any, Callable | Future[Callable]] = {}
         self.seconds = 0.0
 
     def start_compiling(self, pool: Executor, *args: Any) -> None:
         """Compiles in `pool` for these arrays, or for shapes that say where theirs will lie."""
         start = time.perf_counter()
-        self._programs[signature(args)] = pool.submit(compile_program, self._jitted.lower(*args), self._mesh)
+        self._programs[signature(args)] = pool.submit(self._compile, self._jitted.lower(*args))
         self.seconds += time.perf_counter() - start
 
     def __call__(self, *args: Any) -> Any:
@@ -55,10 +57,7 @@ class TimedJit:
         program = self._programs.get(key)
         if not callable(program):
             start = time.perf_counter()
-            if isinstance(program, Future):
-                program = program.result()
-            else:
-                program = compile_program(self._jitted.lower(*args), self._mesh)
+            program = program.result() if isinstance(program, Future) else self._compile(self._jitted.lower(*args))
             self._programs[key] = program
             self.seconds += time.perf_counter() - start
         # A hidden copy from the host would stall every step: what enters one was put on the devices beforehand.
@@ -72,17 +71,19 @@ def signature(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
-def compile_program(lowered: Lowered, mesh: Mesh) -> Compiled:
+def compile_program(lowered: Lowered, mesh: Mesh, *, sparse_cores: bool = False) -> Compiled:
     """Compiles a program that adds up gradients over a mesh.
 
     Args:
       lowered: the program; its arguments say where they lie.
       mesh: the devices.
+      sparse_cores: as `train.sparse_cores`.
 
     Raises:
       RuntimeError: several GPUs would add arrays of one data type as if they were of another.
+      ValueError: the devices have no SparseCores that could be asked.
     """
-    program = lowered.compile(compiler_options=compiler_options(mesh))
+    program = lowered.compile(compiler_options=compiler_options(mesh, sparse_cores=sparse_cores))
     if not _is_several_gpus(mesh):
         return program
     if mixed := mixed_reductions(program.as_text() or ""):
@@ -93,13 +94,22 @@ def compile_program(lowered: Lowered, mesh: Mesh) -> Compiled:
     return program
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str | bool]:
-    """What XLA is told of a program for these devices."""
+def compiler_options(mesh: Mesh, *, sparse_cores: bool) -> dict[str, str | bool]:
+    """What XLA is told of a program for these devices.
+
+    Args:
+      mesh: the devices.
+      sparse_cores: as `train.sparse_cores`.
+
+    Raises:
+      ValueError: the devices have no SparseCores.
+    """
+    kind = mesh.devices.flat[0].device_kind
+    if sparse_cores and kind not in _WITH_SPARSE_CORES:
+        raise ValueError(f"train.sparse_cores is true on a {kind}, expected one of {', '.join(_WITH_SPARSE_CORES)}")
     if _is_several_gpus(mesh):
         return {"xla_disable_hlo_passes": _PASSES_THAT_MIX_TYPES}
-    if mesh.size > 1 and mesh.devices.flat[0].device_kind in _WITH_SPARSE_CORES:
-        return _EXCHANGES_ON_SPARSE_CORES
-    return {}
+    return _EXCHANGES_ON_SPARSE_CORES if sparse_cores and mesh.size > 1 else {}
 
 
 def _is_several_gpus(mesh: Mesh) -> bool:

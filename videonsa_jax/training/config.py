@@ -111,6 +111,8 @@ class TrainConfig:
       vision_remat: likewise of the vision tower's layers; "same": as `remat`.
       frozen: parameters that stay as they are: "vision", "merger", "llm" or regular expressions for their paths
         (training/frozen.py), comma-separated on the command line.
+      sparse_cores: ask the SparseCores of a TPU v5p or v6e for gathers and reduce-scatters, beside its products;
+        compiled, never run so far (docs/training.md).
       offload_optimizer: keep the optimiser's state in host memory but while it is used; needs devices with pinned host
         memory.
       loss_chunk: positions of each text row whose logits exist at a time (training/cross_entropy.py); 0 = all.
@@ -136,6 +138,7 @@ class TrainConfig:
     vision_remat: Remat | Literal["same"] = "same"
     frozen: tuple[str, ...] = ()
     offload_optimizer: bool = False
+    sparse_cores: bool = False
     loss_chunk: int = 256
     log_every: int = 10
     eval_every: int = 0

@@ -22,7 +22,7 @@ from videonsa_jax.data.pipeline import DataIterator, build_pipeline, refuse_prob
 from videonsa_jax.data.sources import DataError
 from videonsa_jax.streams import Batch, TrainBatch
 from videonsa_jax.training import checkpoints
-from videonsa_jax.training.compiling import TimedJit
+from videonsa_jax.training.compiling import TimedJit, compiler_options
 from videonsa_jax.training.config import Experiment
 from videonsa_jax.training.environment import code_digest, environment, peak_gigabytes, versions
 from videonsa_jax.training.errors import usage_errors
@@ -197,6 +197,7 @@ def train(
             mesh = make_mesh(experiment.mesh)
             check_batch_size(experiment.data.contexts_per_batch, mesh)
             check_model_size(experiment.model.text.num_key_value_heads, mesh)
+            compiler_options(mesh, sparse_cores=config.sparse_cores)
             shard = loading_shard(mesh)
             if profile and profile[-1] > config.steps:
                 raise ValueError(f"--profile names step {profile[-1]}, expected at most train.steps ({config.steps})")
@@ -292,12 +293,14 @@ def train(
         add_batch = TimedJit(
             functools.partial(accumulate, losses, config),
             mesh,
+            sparse_cores=config.sparse_cores,
             donate_argnums=1,
             out_shardings=(of_sums, replicated),
         )
         update = TimedJit(
             functools.partial(apply_gradients, optimizer, schedule, offloaded=config.offload_optimizer),
             mesh,
+            sparse_cores=config.sparse_cores,
             donate_argnums=0,
             out_shardings=(shardings, replicated),
         )
@@ -306,7 +309,12 @@ def train(
         if step < config.steps:
             trained_shapes, _ = split_params(shapes.params, config.frozen)
             update.start_compiling(compiler, state, expected_sums(trained_shapes, config.accumulation, of_sums))
-        choose = TimedJit(functools.partial(choose_options, forward), mesh, out_shardings=replicated)
+        choose = TimedJit(
+            functools.partial(choose_options, forward),
+            mesh,
+            sparse_cores=config.sparse_cores,
+            out_shardings=replicated,
+        )
 
         def compile_seconds() -> float:
             return add_batch.seconds + update.seconds + choose.seconds
