@@ -1,5 +1,7 @@
 """Training batches of the paper's shape without files: videos that move, questions of drawn words."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -81,3 +83,12 @@ def real_shaped_batch(
         loss_weights=np.broadcast_to(is_answer, (*rows, TEXT_TOKENS)).astype(np.float32),
         sample_ids=np.arange(contexts * questions, dtype=np.int32).reshape(rows),
     )
+
+
+def one_question(batch: TrainBatch, q: int) -> TrainBatch:
+    """The same contexts with question `q` alone."""
+    own = slice(q, q + 1)
+    inputs = {name: getattr(batch.inputs, name)[:, own] for name in ("text_tokens", "text_lengths", "visible_visual")}
+    inputs["text_positions"] = batch.inputs.text_positions[:, :, own]
+    rows = {name: getattr(batch, name)[:, own] for name in ("targets", "loss_weights", "sample_ids")}
+    return dataclasses.replace(batch, inputs=dataclasses.replace(batch.inputs, **inputs), **rows)

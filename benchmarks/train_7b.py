@@ -28,11 +28,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered
 
-from benchmarks.real_samples import FRAMES, GRID, TEXT_TOKENS, real_shaped_batch
+from benchmarks.real_samples import FRAMES, GRID, TEXT_TOKENS, one_question, real_shaped_batch
 from benchmarks.step_time import attention_arrays, nsa_options
 from experiments import configs
 from experiments.timing import relative_error, turn
@@ -281,6 +282,24 @@ class Benchmark:
             | self._timed(times, program)
         )
 
+    def compare_apart(self, attention: str, questions: int) -> dict[str, Any]:
+        """Every question's loss with the others on one visual stream, and with a stream of its own."""
+        together, apart = (self.programs.get(f"{attention} {count}") for count in (questions, 1))
+        batch = self.batches(questions)
+        _, rows = together.run(self.state.params, None, self._placed(questions))
+        shared = jax.device_get(rows.loss)
+        del rows, _
+        own = []
+        for q in range(questions):
+            _, rows = apart.run(self.state.params, None, place_batch(one_question(batch, q), self.mesh))
+            own.append(jax.device_get(rows.loss))
+            del rows, _
+        own = np.concatenate(own, axis=1)
+        return {
+            "largest_relative_difference": float(np.max(np.abs(shared / own - 1))),
+            "losses": {"shared": shared.tolist(), "own": own.tolist()},
+        }
+
     def time_update(self, attention: str) -> dict[str, Any]:
         """Takes some steps on one batch: whole steps' times, the update's own, and the losses."""
         add, update, batch = self.programs.get(f"{attention} 1"), self.programs.get("update"), self._placed(1)
@@ -453,6 +472,10 @@ def main(arguments: list[str] | None = None) -> None:
         if not late():
             name = "{} {}".format(*case)
             benchmark.attempt(name, functools.partial(benchmark.time_accumulate, *case))
+    for attention, questions in cases:
+        if questions > 1 and (attention, 1) in cases and not late():
+            compare = functools.partial(benchmark.compare_apart, attention, questions)
+            benchmark.attempt(f"{attention} {questions} apart", compare)
     if not late() and "update" not in options.leave_out:
         benchmark.attempt("update", functools.partial(benchmark.time_update, cases[0][0]))
     if options.profile:

@@ -1,9 +1,10 @@
 """The shapes that the 7B benchmark makes up, and its arithmetic; no model runs."""
 
+import jax
 import numpy as np
 import pytest
 
-from benchmarks.real_samples import TEXT_BEFORE, TEXT_TOKENS, moving_pattern, real_shaped_batch
+from benchmarks.real_samples import TEXT_BEFORE, TEXT_TOKENS, moving_pattern, one_question, real_shaped_batch
 from benchmarks.train_7b import hours
 from videonsa_jax.configs import tiny
 
@@ -19,6 +20,15 @@ def test_a_batch_has_the_shapes_of_videos_with_questions() -> None:
     assert (inputs.text_tokens[:, :, :TEXT_BEFORE] == inputs.text_tokens[:, :1, :TEXT_BEFORE]).all()
     assert not (inputs.text_tokens[:, 0] == inputs.text_tokens[:, 1]).all()
     assert (inputs.visible_visual[..., [TEXT_BEFORE - 1, TEXT_BEFORE]] == [0, 30]).all()
+
+
+def test_a_question_can_stand_alone() -> None:
+    both = real_shaped_batch(tiny(), contexts=2, questions=2, frames=3, grid=(4, 4))
+    alone = real_shaped_batch(tiny(), contexts=2, questions=1, frames=3, grid=(4, 4))
+    second = one_question(both, 1)
+    assert jax.tree.map(np.shape, second) == jax.tree.map(np.shape, alone)
+    np.testing.assert_array_equal(second.inputs.text_tokens[:, 0], both.inputs.text_tokens[:, 1])
+    np.testing.assert_array_equal(second.inputs.patches, both.inputs.patches)
 
 
 def test_its_videos_change_little_from_frame_to_frame() -> None:

@@ -7,7 +7,6 @@ os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 os.environ["JAX_PLATFORMS"] = ""  # the plugin is loaded for its compiler
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -19,6 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from training_fakes import random_batch, tiny_experiment
 
+from benchmarks.real_samples import one_question
 from videonsa_jax.models import placement
 from videonsa_jax.training import compiling
 from videonsa_jax.training import mesh as meshes
@@ -67,11 +67,7 @@ def lower_step(mesh: Mesh) -> jax.stages.Lowered:
     params = jax.eval_shape(lambda: init_state(model, train, 0, optax.identity())).params
     shardings = meshes.state_shardings(params, mesh)
     params = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), params, shardings)
-    batch = random_batch(0, 2)
-    first_question = {name: getattr(batch, name)[:, :1] for name in ("targets", "loss_weights", "sample_ids")}
-    inputs = {name: getattr(batch.inputs, name)[:, :1] for name in ("text_tokens", "text_lengths", "visible_visual")}
-    inputs["text_positions"] = batch.inputs.text_positions[:, :, :1]
-    batch = dataclasses.replace(batch, inputs=dataclasses.replace(batch.inputs, **inputs), **first_question)
+    batch = one_question(random_batch(0, 2), 0)
     batch = jax.tree_util.tree_map_with_path(
         lambda path, x: jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=meshes.batch_sharding(meshes.path_name(path[-1:]), mesh)
