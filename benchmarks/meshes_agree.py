@@ -1,6 +1,7 @@
 """Compares loss and gradients of a batch on several meshes of two devices with those on one of them.
 
     python -m benchmarks.meshes_agree --json=benchmarks/results/meshes_agree_h200x2.json     # two GPUs
+    python -m benchmarks.meshes_agree --one --json=benchmarks/results/meshes_agree_one.json  # one, to see its rounding
     XLA_FLAGS=--xla_force_host_platform_device_count=2 JAX_PLATFORMS=cpu \
       python -m benchmarks.meshes_agree --tiny --json=/tmp/agree.json                        # to test the script
 
@@ -16,6 +17,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -69,13 +71,13 @@ class Case:
         return f"{self.attention} {self.questions} {self.dtype} {self.mesh}"
 
 
-def cases() -> list[Case]:
-    """Every program: float32 on all meshes for the first kind alone."""
+def cases(meshes: Collection[str] = tuple(MESHES)) -> list[Case]:
+    """Every program on these meshes: float32 on all of them for the first kind alone."""
     return [
         Case(attention, questions, dtype, mesh)
         for index, (attention, questions) in enumerate(KINDS)
         for dtype in ("float32", "bfloat16")
-        for mesh in MESHES
+        for mesh in meshes
         if dtype == "bfloat16" or mesh == "one" or index == 0
     ]
 
@@ -162,9 +164,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="file for everything found")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and a short video")
+    parser.add_argument("--one", action="store_true", help="one device alone: how far its bfloat16 is off")
     options = parser.parse_args(arguments)
-    if len(jax.devices()) < DEVICES:
-        parser.error(f"found {len(jax.devices())} device(s), expected {DEVICES}")
+    devices = 1 if options.one else DEVICES
+    if len(jax.devices()) < devices:
+        parser.error(f"found {len(jax.devices())} device(s), expected {devices}")
     if options.tiny:
         placement.MIN_SHARDED_SIZE = 1  # shard what can be
     model, size = small_model(options.tiny), (8, (4, 4)) if options.tiny else (FRAMES, GRID)
@@ -172,7 +176,10 @@ def main(arguments: list[str] | None = None) -> int:
     params = draw_params(model)
     record: dict[str, Any] = environment() | {"cases": {}}
     with ThreadPoolExecutor(8) as pool:
-        programs = {case: Program(case, model, batches[case.questions], params, pool) for case in cases()}
+        programs = {
+            case: Program(case, model, batches[case.questions], params, pool)
+            for case in cases(("one",) if options.one else MESHES)
+        }
         for case, program in programs.items():
             sums = program.run(params)
             if case.mesh == "one" and case.dtype == "float32":
