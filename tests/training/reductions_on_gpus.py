@@ -18,26 +18,12 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from training_fakes import random_batch, tiny_experiment
 
+from benchmarks.gpu_resources import TARGET
 from benchmarks.real_samples import one_question
 from videonsa_jax.models import placement
 from videonsa_jax.training import compiling
 from videonsa_jax.training import mesh as meshes
 from videonsa_jax.training.step import accumulate, init_state, make_losses
-
-# What XLA's compiler asks a device about (an H100 SXM's answers).
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 12 }
-runtime_version { major: 13 minor: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 
 
 def smallest(video: jax.Array, text: jax.Array, numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -78,7 +64,7 @@ def lower_step(mesh: Mesh) -> jax.stages.Lowered:
     return jax.jit(add, out_shardings=NamedSharding(mesh, PartitionSpec())).lower(params, None, batch)
 
 
-topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x2")
+topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology="1x1x2")
 mesh = Mesh(np.array(topology.devices).reshape(1, 2, 1, 1), meshes.AXES)
 results = {}
 for name, lower in (("smallest", lower_smallest), ("step", lower_step)):
