@@ -45,7 +45,7 @@ from videonsa_jax.training.config import Experiment, MeshConfig
 from videonsa_jax.training.environment import environment
 from videonsa_jax.training.flops import forward_flops, peak_flops_per_second, train_flops
 from videonsa_jax.training.loop import expected_sums
-from videonsa_jax.training.mesh import batch_sharding, make_mesh, path_name, place_batch, state_shardings
+from videonsa_jax.training.mesh import batch_shapes, make_mesh, place_batch, state_shardings
 from videonsa_jax.training.optimizer import learning_rate, make_optimizer
 from videonsa_jax.training.step import (
     Sums,
@@ -156,12 +156,7 @@ class Benchmark:
         return real_shaped_batch(self.experiment.model, self.contexts, questions, **self._sizes)
 
     def _batch_shapes(self, questions: int) -> TrainBatch:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=batch_sharding(path_name(path[-1:]), self.mesh)
-            ),
-            self.batches(questions),
-        )
+        return batch_shapes(self.batches(questions), self.mesh)
 
     def _sums_shardings(self) -> Sums:
         return sums_like(self.shardings.params, self.replicated)

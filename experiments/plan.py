@@ -49,12 +49,11 @@ from videonsa_jax.training.flops import peak_flops_per_second, train_flops, trai
 from videonsa_jax.training.frozen import join_params, split_params
 from videonsa_jax.training.mesh import (
     HOST_MEMORY,
-    batch_sharding,
+    batch_shapes,
     check_batch_size,
     check_model_size,
     in_host_memory,
     make_mesh,
-    path_name,
     state_shardings,
 )
 from videonsa_jax.training.optimizer import learning_rate, make_optimizer
@@ -105,13 +104,6 @@ def example_batch(model: ModelConfig, mesh: Mesh, contexts: int, rows: int, toke
         loss_weights=full(1, contexts, rows, text, dtype=np.float32),
         sample_ids=full(0, contexts, rows),
     )
-
-
-def _placed(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
-    def place(path: tuple[Any, ...], x: np.ndarray) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(path_name(path[-1:]), mesh))
-
-    return jax.tree_util.tree_map_with_path(place, batch)
 
 
 def _sharded(shapes: Any, shardings: Any) -> Any:
@@ -186,7 +178,7 @@ def plan(experiment: Experiment, topology: str, tokens: int, text: int) -> Plan:
         of_state = dataclasses.replace(of_state, opt_state=on_host)
     state = _sharded(shapes, of_state)
     example = example_batch(model, mesh, data.contexts_per_batch, data.questions_per_context, tokens, text)
-    batch = _placed(example, mesh)
+    batch = batch_shapes(example, mesh)
     losses = make_losses(model, train, mesh)
     add_batch = functools.partial(accumulate, losses, train)
     replicated = NamedSharding(mesh, PartitionSpec())

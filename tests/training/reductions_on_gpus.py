@@ -53,13 +53,7 @@ def lower_step(mesh: Mesh) -> jax.stages.Lowered:
     params = jax.eval_shape(lambda: init_state(model, train, 0, optax.identity())).params
     shardings = meshes.state_shardings(params, mesh)
     params = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), params, shardings)
-    batch = one_question(random_batch(0, 2), 0)
-    batch = jax.tree_util.tree_map_with_path(
-        lambda path, x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=meshes.batch_sharding(meshes.path_name(path[-1:]), mesh)
-        ),
-        batch,
-    )
+    batch = meshes.batch_shapes(one_question(random_batch(0, 2), 0), mesh)
     add = functools.partial(accumulate, make_losses(model, train, mesh), train)
     return jax.jit(add, out_shardings=NamedSharding(mesh, PartitionSpec())).lower(params, None, batch)
 

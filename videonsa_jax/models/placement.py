@@ -259,7 +259,4 @@ def _present(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> tuple[str, ...
 
 
 def _size(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> int:
-    size = 1
-    for axis in _present(mesh, axes):
-        size *= mesh.shape[axis]
-    return size
+    return math.prod(mesh.shape[axis] for axis in _present(mesh, axes))

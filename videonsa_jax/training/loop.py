@@ -257,7 +257,6 @@ def train(
         init = functools.partial(init_state, experiment.model, config, seed, optimizer)
         with usage_errors():
             shapes = jax.eval_shape(init)
-        with usage_errors():
             shardings = state_shardings(shapes, mesh, experiment.mesh.rules)
         if config.offload_optimizer:
             with usage_errors():

@@ -176,12 +176,20 @@ def batch_sharding(field: str, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*names))
 
 
+def batch_shapes[AnyBatch](batch: AnyBatch, mesh: Mesh) -> AnyBatch:
+    """Shapes and shardings of a whole batch's arrays on a mesh, for compiling ahead."""
+
+    def shape_of(path: tuple[Any, ...], array: np.ndarray) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=batch_sharding(path_name(path[-1:]), mesh))
+
+    return jax.tree_util.tree_map_with_path(shape_of, batch)
+
+
 def place_batch[AnyBatch](batch: AnyBatch, mesh: Mesh) -> AnyBatch:
     """Puts this process' contexts of a batch (`loading_shard`) on its devices, as parts of the global batch.
 
     Frames and visual tokens are padded to whole parts of `context`, tokens to two stripes each.
     """
-
     shards = loading_shard(mesh).count
 
     def place(path: tuple[Any, ...], array: np.ndarray) -> jax.Array:
